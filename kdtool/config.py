@@ -1,0 +1,456 @@
+"""The configuration of a run: sections, defaults, files, overrides; strict and torch-free.
+
+Precedence: defaults, then the file (`-c`), then `--set` overrides, then command-line options.
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from kdtool.errors import ConfigProblem, nearest
+from kdtool.registry import ATTENTION, COMPRESSORS, EXPORTERS, METHODS, Plugin, Registry
+
+Command = Literal["distill", "compress", "patch-attention", "evaluate", "export"]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys and wrong types are errors."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, validate_assignment=True)
+
+
+class TeacherSection(Section):
+    """The model to learn from (or, for one-model commands, the model itself)."""
+
+    model: str | None = None
+    """Folder, or Hub id with an optional @revision."""
+    fine_tune: bool = False
+    """Fine-tune the teacher on the task first; the result is cached by fingerprint."""
+    fine_tune_epochs: float = Field(2.0, gt=0)
+    """Length of that fine-tuning."""
+    fine_tune_lr: float = Field(1e-4, gt=0)
+    """Peak learning rate of that fine-tuning."""
+
+
+class StudentSection(Section):
+    """The model to train."""
+
+    model: str | None = None
+    """Folder, Hub id, configuration file (random weights), layers:N or layers:0,3,5."""
+    init: Literal["auto", "weights", "random"] = "auto"
+    """Start from the weights found (auto, weights) or from random ones."""
+    freeze: list[str] = []
+    """What stays as it is: `embeddings`, or parameter name patterns such as `*.layer.0.*`."""
+
+
+class DataSection(Section):
+    """The examples and the meaning of their columns."""
+
+    source: str | None = None
+    """Hub id with optional :config, @revision, #split; folder; file; or a shipped set."""
+    task: str | None = None
+    """Task name; guessed from the teacher and the columns when absent."""
+    train_split: str | None = None
+    """Split to train on (default: train)."""
+    validation_split: str | None = None
+    """Split for choices made during training (default: validation or dev if there is one)."""
+    test_split: str | None = None
+    """Split of the final proof (default: test, else validation, else held out of train)."""
+    holdout: float = Field(0.1, gt=0, lt=1)
+    """Share of the training rows held out for the proof when the data has a single split."""
+    text: str | None = None
+    """Column with the text, or the first sentence of a pair."""
+    text_pair: str | None = None
+    """Column with the second sentence of a pair."""
+    label: str | None = None
+    """Column with the class."""
+    image: str | None = None
+    """Column with the image."""
+    audio: str | None = None
+    """Column with the audio."""
+    labels: list[str] | None = None
+    """Class names in id order, where the data does not carry them."""
+    label_map: Literal["refuse", "by-name"] | dict[str, str] = "refuse"
+    """What to do when data and model disagree on classes: refuse, by-name, or {data: model}."""
+    max_length: int | None = Field(None, gt=0)
+    """Longest sequence in tokens (text) or samples (audio); longer ones are cut."""
+    limit: int | None = Field(None, gt=0)
+    """Use at most this many training rows (a seeded choice)."""
+    test_limit: int | None = Field(None, gt=0)
+    """Use at most this many test rows (a seeded choice)."""
+
+
+class TrainSection(Section):
+    """The training loop."""
+
+    epochs: float = Field(3.0, gt=0)
+    """Passes over the training rows; ignored when max_steps is given."""
+    max_steps: int | None = Field(None, gt=0)
+    """Optimiser steps."""
+    batch_size: int = Field(32, gt=0)
+    """Examples in one forward pass."""
+    grad_accum: int = Field(1, gt=0)
+    """Forward passes in one optimiser step."""
+    lr: float | None = Field(None, gt=0)
+    """Peak learning rate (default: set by the task)."""
+    head_lr: float | None = Field(None, gt=0)
+    """Peak learning rate of the classifier head (default: lr)."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """Update rule; sgd uses Nesterov momentum 0.9."""
+    weight_decay: float = Field(0.01, ge=0)
+    """Decoupled decay on matrices; never on biases and norms."""
+    warmup: float = Field(0.06, ge=0, le=1)
+    """Share of the steps with rising learning rate."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Course of the learning rate after warm-up."""
+    clip: float = Field(1.0, ge=0)
+    """Largest gradient norm; 0 switches clipping off."""
+    buckets: bool = True
+    """Batch examples of similar length together."""
+    augment: list[str] = []
+    """Image augmentations, in order: flip, crop."""
+    log_every: int = Field(10, gt=0)
+    """Steps between two lines of the log."""
+    checkpoint_every: int | None = Field(None, gt=0)
+    """Steps between two checkpoints (default: ten in a run)."""
+    resume: bool = True
+    """Go on where an unfinished run of the same configuration stopped."""
+
+
+class EvalSection(Section):
+    """The proof."""
+
+    benchmark: str | None = None
+    """Named benchmark: columns, split and metrics in one word."""
+    metrics: list[str] | None = None
+    """Metrics to compute (default: those of the task)."""
+    fail_under: list[str] = []
+    """Gates such as accuracy=0.85 or accuracy.retention=0.97."""
+    batch_size: int = Field(64, gt=0)
+    """Examples in one forward pass of an evaluation."""
+    latency: bool = True
+    """Measure latency of teacher and student."""
+    latency_batches: list[int] = [1, 32]
+    """Batch sizes at which latency is measured."""
+    latency_repeats: int = Field(20, gt=0)
+    """Timed forward passes for each model and batch size."""
+    reload: bool = True
+    """Reload the saved model in a fresh process and compare outputs."""
+
+
+class OutputSection(Section):
+    """Where the result goes."""
+
+    folder: str | None = None
+    """Output folder."""
+    overwrite: bool = False
+    """Replace what a non-empty output folder holds."""
+    format: str = "safetensors"
+    """Target format of export."""
+    dtype: Literal["keep", "float32", "float16", "bfloat16"] = "keep"
+    """Number format of the saved weights."""
+    max_shard_size: str = "5GB"
+    """Largest weight file."""
+    push: str | None = None
+    """Hub repository to publish to."""
+    private: bool | None = None
+    """Create that repository private."""
+    create_pr: bool = False
+    """Publish as a pull request."""
+    commit_message: str | None = None
+    """Message of the published commit."""
+    plots: bool = True
+    """Draw plots beside the report."""
+
+
+class RuntimeSection(Section):
+    """The machine and what it may do."""
+
+    seed: int = Field(0, ge=0)
+    """Seed of all random generators."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of computation; auto is bfloat16 autocast on CUDA, float32 elsewhere."""
+    threads: int | None = Field(None, gt=0)
+    """CPU threads (default: what torch chooses)."""
+    offline: bool = False
+    """Never ask the network."""
+    cache_dir: str | None = None
+    """Hub cache folder (default: HF_HOME)."""
+    trust_remote_code: bool = False
+    """Run code that a model repository brings."""
+    allow_pickle: bool = False
+    """Load pickle checkpoints, weights only."""
+
+
+class RunConfig(Section):
+    """Everything a run needs; written to kdtool.json, and a run again when fed back."""
+
+    command: Command = "distill"
+    teacher: TeacherSection = TeacherSection()
+    student: StudentSection = StudentSection()
+    data: DataSection = DataSection()
+    method: dict[str, Any] = {}
+    train: TrainSection = TrainSection()
+    eval: EvalSection = EvalSection()
+    output: OutputSection = OutputSection()
+    runtime: RuntimeSection = RuntimeSection()
+
+    @property
+    def method_name(self) -> str:
+        """Name of the plug-in that does the work."""
+        return str(self.method.get("name", ""))
+
+    @property
+    def method_values(self) -> dict[str, Any]:
+        """Hyper-parameters of that plug-in that were set."""
+        return {key: value for key, value in self.method.items() if key != "name"}
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which 1e-5 is a number and duplicate keys are errors."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def _no_duplicates(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    keys: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+        if key in keys:
+            raise yaml.MarkedYAMLError(problem=f"key '{key}' appears twice", problem_mark=key_node.start_mark)
+        keys.add(key)
+    return yaml.SafeLoader.construct_mapping(loader, node, deep=deep)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _no_duplicates)
+
+
+def parse_scalar(text: str) -> Any:
+    """Read the right-hand side of `--set key=value` as YAML (`1e-5`, `true`, `[a, b]`, `text`)."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader derives from SafeLoader
+    except yaml.YAMLError:
+        return text
+
+
+def read_file(path: Path) -> tuple[dict[str, Any], str]:
+    """Read a YAML or JSON configuration, or the `config` part of a `kdtool.json` manifest.
+
+    Returns:
+        The mapping and the text it came from (for line numbers).
+
+    Raises:
+        ConfigProblem: the file is missing, unreadable, not YAML, or not a mapping.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = nearest(path.name, [p.name for p in path.parent.glob("*.[yj]*")]) if path.parent.is_dir() else None
+        raise ConfigProblem(f"configuration file {path} does not exist", hint=near) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigProblem(f"configuration file {path} cannot be read", why=str(error)) from None
+    try:
+        values = yaml.load(text, Loader=_Loader)  # noqa: S506
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        why = getattr(error, "problem", None) or "not valid YAML"
+        raise ConfigProblem(f"{where}: {why}", hint="configurations are YAML or JSON mappings") from None
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise ConfigProblem(f"{path}: a configuration is a mapping of sections", hint="see: kdtool recipes show NAME")
+    if "kdtool" in values and isinstance(values.get("config"), dict):
+        values = values["config"]
+    return values, text
+
+
+def _line_of(text: str, keys: Sequence[str | int]) -> int | None:
+    """Line (from 1) of the deepest part of a key path that the text holds."""
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+    except yaml.YAMLError:
+        return None
+    line: int | None = None
+    for key in keys:
+        if isinstance(node, yaml.MappingNode):
+            for key_node, value in node.value:
+                if key_node.value == str(key):
+                    line, node = key_node.start_mark.line + 1, value
+                    break
+            else:
+                return line
+        else:
+            return line
+    return line
+
+
+def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Apply `--set key.path=value` items to nested mappings, in order.
+
+    Raises:
+        ConfigProblem: an item has no `=`, an empty key, or goes through something that is no section.
+    """
+    for item in overrides:
+        key, sign, value = item.partition("=")
+        parts = key.strip().split(".")
+        if not sign or not all(parts):
+            raise ConfigProblem(f"--set {item}: not of the form key.path=value", hint="such as --set train.lr=1e-4")
+        target = values
+        for part in parts[:-1]:
+            target = target.setdefault(part, {})
+            if not isinstance(target, dict):
+                raise ConfigProblem(f"--set {item}: '{part}' is a value, not a section")
+        target[parts[-1]] = parse_scalar(value)
+
+
+def _known_keys(path: Sequence[str | int]) -> list[str]:
+    model: Any = RunConfig
+    for part in path:
+        field = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
+        if field is None:
+            return []
+        model = field.annotation
+    if isinstance(model, type) and issubclass(model, BaseModel):
+        return list(model.model_fields)
+    return []
+
+
+def key_paths() -> Iterator[str]:
+    """All key paths of the configuration, such as `train.lr`."""
+    for name, field in RunConfig.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from (f"{name}.{key}" for key in field.annotation.model_fields)
+        else:
+            yield name
+
+
+def _unknown_key(where: str, path: Sequence[str | int]) -> ConfigProblem:
+    name = ".".join(map(str, path))
+    siblings = _known_keys(path[:-1])
+    elsewhere = [full for full in key_paths() if full.rsplit(".", 1)[-1] == path[-1]]
+    if elsewhere and not difflib.get_close_matches(str(path[-1]), siblings, cutoff=0.75):
+        hint = f"did you mean {', '.join(elsewhere)}?"
+    else:
+        hint = nearest(str(path[-1]), siblings)
+    return ConfigProblem(f"{where}unknown key '{name}'", hint=hint)
+
+
+def _explain(error: ValidationError, path: Path | None, text: str) -> ConfigProblem:
+    """One line for the first problem of a validation."""
+    problem = error.errors(include_url=False)[0]
+    location = [part for part in problem["loc"] if not (isinstance(part, str) and part.startswith(("literal[", "dict[")))]
+    line = _line_of(text, location) if text else None
+    where = f"{path}:{line}: " if path and line else f"{path}: " if path and text and line is None and False else ""
+    if problem["type"] == "extra_forbidden":
+        return _unknown_key(where, location)
+    name = ".".join(map(str, location))
+    detail = str(problem["msg"]).replace("Input should", "should").removeprefix("Value error, ")
+    return ConfigProblem(f"{where}{name}={problem['input']!r}: {detail}", hint="see: kdtool COMMAND --help, docs/configuration.md")
+
+
+_REGISTRY_OF: Mapping[str, Registry] = {
+    "distill": METHODS,
+    "compress": COMPRESSORS,
+    "patch-attention": ATTENTION,
+    "export": EXPORTERS,
+}
+
+
+def check_plugin_values(plugin: Plugin, values: Mapping[str, Any], prefix: str, where: str = "") -> dict[str, Any]:
+    """Check hyper-parameters against a plug-in's declared settings, without importing it.
+
+    Raises:
+        ConfigProblem: an unknown name, a missing required one, or a value of the wrong type or range.
+    """
+    known = {setting.name: setting for setting in plugin.settings}
+    names = {"Any": Any, "Literal": Literal, "Field": Field}
+    from typing import Annotated
+
+    names["Annotated"] = Annotated
+    checked: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in known:
+            raise ConfigProblem(
+                f"{where}unknown key '{prefix}.{key}' for {plugin.name}",
+                hint=f"{nearest(key, known)} See: kdtool methods show {plugin.name}",
+            )
+        annotation = eval(known[key].annotation, {"__builtins__": _TYPES}, names)  # noqa: S307 - our own plug-in source, names only
+        try:
+            checked[key] = TypeAdapter(annotation).validate_python(value, strict=True)
+        except ValidationError as error:
+            detail = str(error.errors(include_url=False)[0]["msg"]).replace("Input should", "should")
+            raise ConfigProblem(
+                f"{where}{prefix}.{key}={value!r}: {detail}", hint=f"see: kdtool methods show {plugin.name}"
+            ) from None
+    for setting in plugin.settings:
+        if setting.required and setting.name not in checked:
+            raise ConfigProblem(f"{plugin.name} needs --set {prefix}.{setting.name}=...", hint=setting.doc or None)
+    return checked
+
+
+_TYPES = {t.__name__: t for t in (int, float, str, bool, list, dict, tuple)} | {"None": None}
+
+
+def load_config(
+    command: Command,
+    path: Path | None = None,
+    overrides: Sequence[str] = (),
+    options: Mapping[str, Any] | None = None,
+) -> RunConfig:
+    """Merge defaults, file, `--set` items and command-line options into one checked configuration.
+
+    Args:
+        command: The subcommand this configuration is for.
+        path: YAML or JSON file, or a `kdtool.json` manifest.
+        overrides: `key.path=value` items.
+        options: Key path to value; None values mean "not given".
+
+    Raises:
+        ConfigProblem: anything unknown, of the wrong type or out of range, with file and line.
+    """
+    values, text = read_file(path) if path else ({}, "")
+    stated = values.get("command", command)
+    if stated != command:
+        raise ConfigProblem(f"{path} is a configuration for 'kdtool {stated}', not 'kdtool {command}'")
+    values["command"] = command
+    if isinstance(values.get("method"), str):
+        values["method"] = {"name": values["method"]}
+    apply_overrides(values, overrides)
+    for key, value in (options or {}).items():
+        if value is not None:
+            section, _, name = key.partition(".")
+            target = values.setdefault(section, {})
+            if not isinstance(target, dict):
+                raise ConfigProblem(f"'{section}' is a section, not a value", hint=f"write {section}: {{...}}")
+            target[name] = value
+    try:
+        config = RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise _explain(error, path, text) from None
+    registry = _REGISTRY_OF.get(command)
+    if registry is not None and config.method_name:
+        plugin = registry.info(config.method_name)
+        line = _line_of(text, ["method"]) if text else None
+        where = f"{path}:{line}: " if line else ""
+        checked = check_plugin_values(plugin, config.method_values, "method", where)
+        config.method = {"name": plugin.name, **checked}
+    return config
+
+
+def dump_json(config: RunConfig) -> str:
+    """The resolved configuration as JSON, in declaration order."""
+    return json.dumps(config.model_dump(mode="json"), indent=2)

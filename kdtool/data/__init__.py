@@ -1,0 +1,1 @@
+"""Data: where rows come from, what their columns mean, how they become batches."""

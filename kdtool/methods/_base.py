@@ -1,0 +1,93 @@
+"""What a distillation method is: an nn.Module that owns everything that trains."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from kdtool.models import Loaded
+from kdtool.tasks._base import Batch, Outputs, Task
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """What a step returns: sums and counts, so that any split into micro-batches adds up.
+
+    Attributes:
+        total: Scalar, sum of the loss over units (examples or tokens); carries the gradient.
+        count: Number of units summed; the loop divides once per optimiser step.
+        parts: Detached sums of the named terms, for the log.
+    """
+
+    total: Tensor
+    count: Tensor | int
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A stretch of training with its own trainable parameters.
+
+    Attributes:
+        name: Shown in logs and checkpoints.
+        share: Share of all steps.
+        trains: Decides by parameter name (as in `Method.named_parameters`) what trains.
+    """
+
+    name: str = "train"
+    share: float = 1.0
+    trains: Callable[[str], bool] = field(default=lambda name: True)
+
+
+class Method(nn.Module):
+    """Base of all methods.
+
+    A subclass sets `paper` and `tasks` as literals (they are read without importing the file) and
+    implements `step`. Frozen teachers are kept outside the module tree: never in `state_dict()`,
+    never trained, always in eval mode.
+    """
+
+    paper: ClassVar[str] = ""
+    tasks: ClassVar[frozenset[str]] = frozenset()
+    teachers: ClassVar[tuple[int, int]] = (1, 1)
+    """Fewest and most teachers."""
+    batchwise: ClassVar[bool] = False
+    """True if the loss couples the samples of a batch."""
+
+    def __init__(self, config: Any, student: Loaded, teachers: Sequence[Loaded], task: Task) -> None:
+        super().__init__()
+        self.config = config
+        self.task = task
+        self.student = student.model
+        self.student_loaded = student
+        self.teacher_list: list[Loaded] = list(teachers)
+        for teacher in self.teacher_list:
+            teacher.model.eval().requires_grad_(False)
+
+    def stages(self) -> Sequence[Stage]:
+        """Stages in order; one by default."""
+        return (Stage(),)
+
+    @torch.no_grad()
+    def teach(self, batch: Batch, index: int = 0) -> Outputs:
+        """Outputs of a frozen teacher, detached."""
+        return self.task.forward(self.teacher_list[index].model, batch)
+
+    def step(self, batch: Batch, progress: float) -> Losses:
+        """Loss of one micro-batch.
+
+        Args:
+            batch: What the task's collate made, on the right device.
+            progress: Share of training done, 0 to 1.
+        """
+        raise NotImplementedError
+
+    def forward(self, batch: Batch, progress: float) -> Losses:
+        """`step`, so that data-parallel wrappers can hook it."""
+        return self.step(batch, progress)
+
+    def finish(self) -> nn.Module:
+        """The model to save: by default the student as it is."""
+        return self.student

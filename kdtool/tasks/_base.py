@@ -1,0 +1,97 @@
+"""What a task is: it hides the modality from methods, loop and proof."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kdtool.config import RunConfig
+from kdtool.data.examples import Examples
+from kdtool.models import Loaded
+from kdtool.run import Run
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """What a forward pass gives, under fixed names.
+
+    A unit is an example for classifiers and a predicted token for language models; positions that
+    do not count (padding, prompts) are dropped before, so that a logit method is written once.
+
+    Attributes:
+        logits: [units, classes]
+        labels: [units] int64 class ids, or None where the batch has none.
+    """
+
+    logits: Tensor
+    labels: Tensor | None
+
+
+@dataclass(slots=True)
+class Evaluation:
+    """Result of scoring a model.
+
+    Attributes:
+        metrics: Name to value.
+        errors: Name to standard error, where known.
+        logits: [examples, classes] float32 for classifiers, else None.
+        labels: [examples] int64 for classifiers, else None.
+        examples: Number of examples scored.
+    """
+
+    metrics: dict[str, float]
+    errors: dict[str, float]
+    logits: np.ndarray | None
+    labels: np.ndarray | None
+    examples: int
+
+
+class Task:
+    """Base of all tasks; one instance serves one run.
+
+    Subclasses set the class attributes as literals.
+    """
+
+    name: ClassVar[str]
+    auto_class: ClassVar[str]
+    """Name of the transformers Auto class that loads models of this task."""
+    columns: ClassVar[tuple[str, ...]]
+    """Roles a data set must fill, out of text, text_pair, label, image, audio."""
+    optional_columns: ClassVar[tuple[str, ...]] = ()
+    metrics: ClassVar[tuple[str, ...]]
+    """Default metrics; the first is the main one."""
+    default_lr: ClassVar[float] = 1e-4
+    classifies: ClassVar[bool] = True
+    """True if units are examples with one class each."""
+
+    def encode(self, rows: Examples, loaded: Loaded, config: RunConfig, run: Run) -> Examples:
+        """Turn raw rows into model inputs (token ids, pixel values), once, with lengths for bucketing."""
+        raise NotImplementedError
+
+    def collate(self, items: Sequence[Mapping[str, Any]]) -> Batch:
+        """Pad and stack encoded examples."""
+        raise NotImplementedError
+
+    def forward(self, model: nn.Module, batch: Batch) -> Outputs:
+        """Run a model on a batch."""
+        raise NotImplementedError
+
+    def evaluate(self, model: nn.Module, data: Examples, run: Run, metrics: Sequence[str], batch_size: int) -> Evaluation:
+        """Score a model."""
+        raise NotImplementedError
+
+    def example_inputs(self, data: Examples, batch_size: int) -> Batch:
+        """A batch of real inputs, without labels, for latency and parity checks."""
+        raise NotImplementedError
+
+
+def to_device(batch: Batch, device: str | torch.device) -> Batch:
+    """Move a batch; a no-op on the CPU."""
+    if str(device) == "cpu":
+        return batch
+    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
