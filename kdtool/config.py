@@ -32,6 +32,8 @@ class TeacherSection(Section):
     """Folder, or Hub id with an optional @revision."""
     fine_tune: bool = False
     """Fine-tune the teacher on the task first; the result is cached by fingerprint."""
+    fine_tune_what: Literal["all", "head"] = "all"
+    """Train all weights, or fit only the classifier head on frozen features."""
     fine_tune_epochs: float = Field(2.0, gt=0)
     """Length of that fine-tuning."""
     fine_tune_lr: float = Field(1e-4, gt=0)
@@ -113,8 +115,6 @@ class TrainSection(Section):
     """Largest gradient norm; 0 switches clipping off."""
     buckets: bool = True
     """Batch examples of similar length together."""
-    augment: list[str] = []
-    """Image augmentations, in order: flip, crop."""
     log_every: int = Field(10, gt=0)
     """Steps between two lines of the log."""
     checkpoint_every: int | None = Field(None, gt=0)
@@ -352,14 +352,18 @@ def _unknown_key(where: str, path: Sequence[str | int]) -> ConfigProblem:
 def _explain(error: ValidationError, path: Path | None, text: str) -> ConfigProblem:
     """One line for the first problem of a validation."""
     problem = error.errors(include_url=False)[0]
-    location = [part for part in problem["loc"] if not (isinstance(part, str) and part.startswith(("literal[", "dict[")))]
+    location = [
+        part for part in problem["loc"] if not (isinstance(part, str) and part.startswith(("literal[", "dict[")))
+    ]
     line = _line_of(text, location) if text else None
     where = f"{path}:{line}: " if path and line else f"{path}: " if path and text and line is None and False else ""
     if problem["type"] == "extra_forbidden":
         return _unknown_key(where, location)
     name = ".".join(map(str, location))
     detail = str(problem["msg"]).replace("Input should", "should").removeprefix("Value error, ")
-    return ConfigProblem(f"{where}{name}={problem['input']!r}: {detail}", hint="see: kdtool COMMAND --help, docs/configuration.md")
+    return ConfigProblem(
+        f"{where}{name}={problem['input']!r}: {detail}", hint="see: kdtool COMMAND --help, docs/configuration.md"
+    )
 
 
 _REGISTRY_OF: Mapping[str, Registry] = {

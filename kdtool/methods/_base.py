@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kdtool.models import Loaded
-from kdtool.tasks._base import Batch, Outputs, Task
+from kdtool.tasks._base import TEACHER_PREFIX, Batch, Outputs, Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ class Method(nn.Module):
     @torch.no_grad()
     def teach(self, batch: Batch, index: int = 0) -> Outputs:
         """Outputs of a frozen teacher, detached."""
-        return self.task.forward(self.teacher_list[index].model, batch)
+        return self.task.forward(self.teacher_list[index].model, view_of(batch, index))
 
     def step(self, batch: Batch, progress: float) -> Losses:
         """Loss of one micro-batch.
@@ -91,3 +91,16 @@ class Method(nn.Module):
     def finish(self) -> nn.Module:
         """The model to save: by default the student as it is."""
         return self.student
+
+
+def view_of(batch: Batch, index: int) -> Batch:
+    """The part of a batch made for teacher `index`, or the batch itself where both share inputs."""
+    prefix = f"{TEACHER_PREFIX}{index}."
+    own = {key.removeprefix(prefix): value for key, value in batch.items() if key.startswith(prefix)}
+    return own or batch
+
+
+def labels_of(out: Outputs) -> Tensor:
+    """Labels of a training batch, which always carries them."""
+    assert out.labels is not None, "a training batch without labels"
+    return out.labels

@@ -15,6 +15,9 @@ from kdtool.run import Run
 
 Batch = dict[str, Tensor]
 
+TEACHER_PREFIX = "teacher"
+"""Batch keys `teacher0.input_ids` hold inputs made by the processor of teacher 0."""
+
 
 @dataclass(frozen=True, slots=True)
 class Outputs:
@@ -60,6 +63,8 @@ class Task:
     name: ClassVar[str]
     auto_class: ClassVar[str]
     """Name of the transformers Auto class that loads models of this task."""
+    processor_class: ClassVar[str]
+    """Name of the transformers Auto class that loads what makes the inputs."""
     columns: ClassVar[tuple[str, ...]]
     """Roles a data set must fill, out of text, text_pair, label, image, audio."""
     optional_columns: ClassVar[tuple[str, ...]] = ()
@@ -69,8 +74,16 @@ class Task:
     classifies: ClassVar[bool] = True
     """True if units are examples with one class each."""
 
-    def encode(self, rows: Examples, loaded: Loaded, config: RunConfig, run: Run) -> Examples:
-        """Turn raw rows into model inputs (token ids, pixel values), once, with lengths for bucketing."""
+    def encode(self, rows: Examples, loaded: Loaded, config: RunConfig, run: Run, prefix: str = "") -> Examples:
+        """Turn raw rows into model inputs (token ids, pixel values), once, with lengths for bucketing.
+
+        Args:
+            rows: Raw rows, columns named by role.
+            loaded: Model and processor that the inputs are for.
+            config: The run's configuration.
+            run: Context.
+            prefix: Empty for the student, `teacherN.` for a teacher with a processor of its own.
+        """
         raise NotImplementedError
 
     def collate(self, items: Sequence[Mapping[str, Any]]) -> Batch:
@@ -81,7 +94,9 @@ class Task:
         """Run a model on a batch."""
         raise NotImplementedError
 
-    def evaluate(self, model: nn.Module, data: Examples, run: Run, metrics: Sequence[str], batch_size: int) -> Evaluation:
+    def evaluate(
+        self, model: nn.Module, data: Examples, run: Run, metrics: Sequence[str], batch_size: int
+    ) -> Evaluation:
         """Score a model."""
         raise NotImplementedError
 

@@ -1,1 +1,1 @@
-"""Train."""
+"""The one training loop and what it needs: optimisers, schedules, checkpoints."""

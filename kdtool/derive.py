@@ -1,0 +1,105 @@
+"""A student out of the teacher's own layers."""
+
+import copy
+import re
+from typing import Any
+
+import torch
+from torch import nn
+
+from kdtool.errors import ModelProblem, UsageProblem
+from kdtool.models import Loaded
+
+_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "encoder_layers", "depth")
+
+
+def layer_indices(spec: str, depth: int) -> list[int]:
+    """Layers that `layers:N` or `layers:0,3,5` names in a model of `depth` layers.
+
+    `layers:N` takes evenly spaced layers that end with the last: layer (i+1)*depth//N - 1.
+
+    Raises:
+        UsageProblem: not of that form, out of range, or not rising.
+    """
+    text = spec.removeprefix("layers:")
+    if re.fullmatch(r"\d+", text):
+        count = int(text)
+        if not 1 <= count <= depth:
+            raise UsageProblem(f"--student {spec}: the teacher has {depth} layers", hint=f"layers:1 to layers:{depth}")
+        return [(i + 1) * depth // count - 1 for i in range(count)]
+    if re.fullmatch(r"\d+(,\d+)*,?", text):
+        chosen = [int(part) for part in text.strip(",").split(",")]
+        if chosen != sorted(set(chosen)) or chosen[-1] >= depth:
+            raise UsageProblem(
+                f"--student {spec}: layers must rise and be below {depth}",
+                hint=f"the teacher has layers 0 to {depth - 1}",
+            )
+        return chosen
+    raise UsageProblem(
+        f"--student {spec}: not of the form layers:N or layers:0,3,5", hint="a single layer i is written layers:i,"
+    )
+
+
+def _depth(config: Any) -> tuple[Any, str] | None:
+    """The (sub-)configuration that states the number of layers, and its key."""
+    for candidate in (config, getattr(config, "backbone_config", None)):
+        for key in _COUNTS:
+            if candidate is not None and isinstance(getattr(candidate, key, None), int):
+                return candidate, key
+    return None
+
+
+def _stack(model: nn.Module, depth: int) -> str:
+    """Path of the one module list that holds the layers."""
+    found = [
+        name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == depth
+    ]
+    outer = [name for name in found if not any(name.startswith(f"{other}.") for other in found if other != name)]
+    if len(outer) != 1:
+        raise ModelProblem(
+            f"layers:... needs one stack of {depth} layers in the teacher, found {len(outer)}",
+            hint="give a student folder or configuration",
+        )
+    return outer[0]
+
+
+def from_layers(teacher: Loaded, spec: str) -> Loaded:
+    """A copy of the teacher that keeps only some of its layers, with their weights.
+
+    Args:
+        teacher: Any model whose layers stand in one module list.
+        spec: `layers:N` or `layers:0,3,5`.
+
+    Raises:
+        UsageProblem: the specification does not fit.
+        ModelProblem: the architecture has no single stack of layers.
+    """
+    config = copy.deepcopy(teacher.model.config)
+    place = _depth(config)
+    if place is None:
+        raise ModelProblem(
+            f"'{teacher.ref}' does not state a number of layers", hint="give a student folder or configuration"
+        )
+    holder, key = place
+    depth = int(getattr(holder, key))
+    stack = _stack(teacher.model, depth)
+    chosen = layer_indices(spec, depth)
+    setattr(holder, key, len(chosen))
+    for name, value in list(vars(holder).items()):
+        # per-layer lists, such as layer_types of alternating attention
+        if isinstance(value, list) and len(value) == depth and name.startswith("layer"):
+            setattr(holder, name, [value[i] for i in chosen])
+    with torch.random.fork_rng():
+        student = type(teacher.model)(config)
+    numbers = {old: new for new, old in enumerate(chosen)}
+    pattern = re.compile(rf"^{re.escape(stack)}\.(\d+)\.")
+    state: dict[str, torch.Tensor] = {}
+    for name, tensor in teacher.model.state_dict().items():
+        match = pattern.match(name)
+        if match is None:
+            state[name] = tensor
+        elif int(match[1]) in numbers:
+            state[f"{stack}.{numbers[int(match[1])]}.{name[match.end() :]}"] = tensor
+    student.load_state_dict(state)
+    facts = {"new_weights": [], "dtype": teacher.facts.get("dtype", "float32"), "layers": chosen}
+    return Loaded(student.eval(), teacher.processor, spec, None, None, facts)

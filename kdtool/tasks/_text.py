@@ -1,0 +1,57 @@
+"""What text tasks share: lengths, padding."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdtool.errors import ConfigProblem
+from kdtool.models import Loaded
+
+_UNBOUNDED = 1_000_000  # tokenizers without a limit state about 1e30
+_DEFAULT_LONGEST = 512
+
+
+def longest(loaded: Loaded, wanted: int | None, default: int = _DEFAULT_LONGEST) -> int:
+    """Longest sequence in tokens that a model takes, or the shorter one asked for.
+
+    Raises:
+        ConfigProblem: more was asked for than the model has positions.
+    """
+    limits = []
+    if loaded.processor.model_max_length < _UNBOUNDED:
+        limits.append(int(loaded.processor.model_max_length))
+    config = loaded.model.config
+    config = getattr(config, "backbone_config", None) or config
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions:
+        # RoBERTa-like models lose the positions up to the padding id
+        padded = config.model_type in {"roberta", "xlm-roberta", "camembert", "mpnet", "longformer"}
+        limits.append(int(positions) - (2 if padded else 0))
+    bound = min(limits, default=default)
+    if wanted is not None and limits and wanted > bound:
+        raise ConfigProblem(f"data.max_length={wanted}: '{loaded.ref}' takes at most {bound} tokens")
+    return wanted or min(bound, default)
+
+
+def padding_id(tokenizer: Any) -> int:
+    """The padding token's id; masked positions never count, so any id will do where there is none."""
+    for value in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if value is not None:
+            return int(value)
+    return 0
+
+
+def pad(rows: Sequence[np.ndarray], value: int) -> tuple[Tensor, Tensor]:
+    """Right-pad rows of ids to one matrix.
+
+    Returns:
+        Ids and attention mask, both [batch, longest] int64.
+    """
+    lengths = np.array([len(row) for row in rows])
+    mask = np.arange(lengths.max()) < lengths[:, None]
+    ids = np.full(mask.shape, value, dtype=np.int64)
+    ids[mask] = np.concatenate(rows)
+    return torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64))

@@ -1,0 +1,60 @@
+"""Image classification: one image, one class."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from kdtool.config import RunConfig
+from kdtool.data.examples import Examples
+from kdtool.models import Loaded
+from kdtool.run import Run
+from kdtool.tasks._base import Batch
+from kdtool.tasks._classification import LABELS, ClassificationTask
+
+_IN_MEMORY = 2 * 2**30
+"""Processed images up to this many bytes are kept; larger sets are processed again in each epoch."""
+
+
+class _Processed:
+    """Images run through an image processor on access."""
+
+    def __init__(self, images: Sequence[Any], processor: Any) -> None:
+        self.images = images
+        self.processor = processor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        pixels = self.processor(images=self.images[index], return_tensors="np")["pixel_values"][0]
+        return np.asarray(pixels, dtype=np.float32)
+
+
+class Task(ClassificationTask):
+    """Images through AutoModelForImageClassification."""
+
+    name: ClassVar[str] = "image-classification"
+    auto_class: ClassVar[str] = "AutoModelForImageClassification"
+    processor_class: ClassVar[str] = "AutoImageProcessor"
+    columns: ClassVar[tuple[str, ...]] = ("image", "label")
+    default_lr: ClassVar[float] = 1e-3
+
+    def encode(self, rows: Examples, loaded: Loaded, config: RunConfig, run: Run, prefix: str = "") -> Examples:
+        """Pixel values [channels, height, width] float32 as the model's processor makes them."""
+        pixels: Any = _Processed(rows.columns["image"], loaded.processor)
+        first = pixels[0]
+        if first.nbytes * len(rows) <= _IN_MEMORY:
+            kept = np.empty((len(rows), *first.shape), dtype=np.float32)
+            for i in range(len(rows)):
+                kept[i] = pixels[i]
+            pixels = kept
+        columns: dict[str, Any] = {"pixel_values": pixels}
+        if "label" in rows.columns:
+            columns[LABELS] = np.asarray(rows.columns["label"], dtype=np.int64)
+        return Examples(columns)
+
+    def stack(self, prefix: str, items: Sequence[Mapping[str, Any]]) -> Batch:
+        """Stack images, which all have the processor's size."""
+        return {"pixel_values": torch.from_numpy(np.stack([item["pixel_values"] for item in items]))}

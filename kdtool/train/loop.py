@@ -1,0 +1,288 @@
+"""The one training loop.
+
+A step sums losses and unit counts over its micro-batches and divides the gradient once, so any
+split of the same rows into micro-batches gives the same update. The position in the data is a
+function of the step, so resuming needs no sampler state.
+"""
+
+import contextlib
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdtool.config import TrainSection
+from kdtool.data.batching import epoch_batches
+from kdtool.data.examples import Examples
+from kdtool.errors import Interrupted, TrainingProblem
+from kdtool.run import Run
+from kdtool.tasks._base import Batch, to_device
+from kdtool.train import checkpoint, state
+from kdtool.train.optim import build_optimizer, parameter_groups
+from kdtool.train.schedule import factor
+
+_AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(slots=True)
+class History:
+    """What happened.
+
+    Attributes:
+        rows: One mapping per logged step: step, loss, lr, and the method's named terms, per unit.
+        steps: Optimiser steps done.
+        seconds: Wall time of training, over all sessions of a resumed run.
+        samples: Examples seen.
+    """
+
+    rows: list[dict[str, float]] = field(default_factory=list)
+    steps: int = 0
+    seconds: float = 0.0
+    samples: int = 0
+
+
+class Plan:
+    """Which rows belong to which step: a pure function of data, configuration and seed."""
+
+    def __init__(self, data: Examples, config: TrainSection, seed: int) -> None:
+        self.data = data
+        self.config = config
+        self.seed = seed
+        self.per_epoch = math.ceil(len(data) / config.batch_size)
+        whole = max(1, math.ceil(config.epochs * self.per_epoch / config.grad_accum))
+        self.steps = config.max_steps or whole
+        self._epoch = -1
+        self._batches: list[Any] = []
+
+    def rows(self, step: int, micro: int) -> Any:
+        """Row numbers of micro-batch `micro` of step `step`."""
+        epoch, position = divmod(step * self.config.grad_accum + micro, self.per_epoch)
+        if epoch != self._epoch:
+            self._batches = epoch_batches(
+                self.data.lengths,
+                len(self.data),
+                self.config.batch_size,
+                seed=self.seed,
+                epoch=epoch,
+                buckets=self.config.buckets,
+            )
+            self._epoch = epoch
+        return self._batches[position]
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[Callable[[], bool]]:
+    """Turn the first Ctrl-C or SIGTERM into a request; a second Ctrl-C interrupts at once."""
+    asked: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    previous: dict[int, Any] = {}
+    # signal handlers can only be set in the main thread; elsewhere the caller stops us otherwise
+    with contextlib.suppress(ValueError):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, handle)
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+class Trainer:
+    """Trains one method on encoded data.
+
+    Args:
+        method: A `kdtool.methods._base.Method`.
+        data: Encoded training rows.
+        config: Optimisation settings; `lr` must be set.
+        run: Context.
+        is_head: Names the parameters that train at `head_lr`.
+        folder: Where checkpoints go; None for none.
+    """
+
+    def __init__(
+        self,
+        method: Any,
+        data: Examples,
+        config: TrainSection,
+        run: Run,
+        is_head: Callable[[str], bool] = lambda name: False,
+        folder: Path | None = None,
+    ) -> None:
+        assert config.lr is not None
+        self.method = method.to(run.device)
+        for teacher in method.teacher_list:
+            teacher.model.to(run.device)
+        self.plan = Plan(data, config, run.seed)
+        self.config = config
+        self.run = run
+        self.folder = folder
+        self.is_head = is_head
+        self.history = History()
+        self.every = config.checkpoint_every or max(1, math.ceil(self.plan.steps / 10))
+        self.scaler = torch.amp.GradScaler(enabled=run.dtype == "float16" and run.device.startswith("cuda"))
+        self._pending: dict[str, Tensor] = {}
+        self._pending_count: Tensor | float = 0.0
+
+    def train(self) -> History:
+        """Run all stages to the end, or resume them.
+
+        Raises:
+            Interrupted: the user asked to stop; a checkpoint was written.
+            TrainingProblem: the loss is not finite.
+        """
+        found = checkpoint.newest(self.folder) if self.folder and self.config.resume else None
+        start = int(found[1]["step"]) if found else 0
+        if found:
+            self.method.load_state_dict({k[7:]: v for k, v in found[0].items() if k.startswith("method.")})
+            self.history = History(**found[1]["history"])
+            self.run.reporter.info(f"resuming after step {start} of {self.plan.steps}")
+        stages = list(self.method.stages())
+        ends = self._ends([stage.share for stage in stages])
+        began = time.perf_counter() - self.history.seconds
+        with _stop_signals() as stop:
+            for stage, first, last in zip(stages, [0, *ends[:-1]], ends, strict=True):
+                if start >= last:
+                    continue
+                optimizer = self._enter(stage.trains)
+                if found and start > first:
+                    state.restore_optimizer(optimizer, found[0])
+                if found:
+                    state.restore_generators(found[0], found[1]["generators"])
+                    found = None
+                for step in range(max(first, start), last):
+                    self._step(optimizer, step, first, last)
+                    self._after(stage.name, optimizer, step + 1, began, stop)
+        self.method.eval()
+        return self.history
+
+    def _ends(self, shares: Sequence[float]) -> list[int]:
+        """Last step of each stage; shares are taken relative to their sum."""
+        done, ends = 0.0, []
+        for share in shares:
+            done += share
+            ends.append(round(done / sum(shares) * self.plan.steps))
+        return ends
+
+    def _enter(self, trains: Callable[[str], bool]) -> torch.optim.Optimizer:
+        """Freeze and free parameters for a stage and build its optimiser."""
+        named = [(name, p) for name, p in self.method.named_parameters() if not getattr(p, "kept_frozen", False)]
+        for name, parameter in named:
+            parameter.requires_grad_(trains(name))
+        lr = float(self.config.lr or 0)
+        groups = parameter_groups(
+            [(name, p) for name, p in named if p.requires_grad],
+            lr,
+            self.config.head_lr or lr,
+            self.config.weight_decay,
+            self.is_head,
+        )
+        if not groups:
+            raise TrainingProblem("nothing to train", why="all parameters are frozen", hint="see student.freeze")
+        self.parameters = [p for _, p in named if p.requires_grad]
+        self.method.train()
+        return build_optimizer(groups, self.config, self.run.device)
+
+    def _autocast(self) -> contextlib.AbstractContextManager[None]:
+        dtype = _AUTOCAST.get(self.run.dtype or "")
+        return contextlib.nullcontext() if dtype is None else torch.autocast(self.run.device.split(":")[0], dtype)
+
+    def load(self, rows: Any) -> Batch:
+        """Collated rows on the device."""
+        data = self.plan.data
+        return to_device(self.method.task.collate([data[int(i)] for i in rows]), self.run.device)
+
+    def _step(self, optimizer: torch.optim.Optimizer, step: int, first: int, last: int) -> None:
+        """One optimiser step over all its micro-batches."""
+        scale = factor(step - first, last - first, self.config.warmup, self.config.schedule)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * scale
+        progress = step / self.plan.steps
+        count: Tensor | float = 0.0
+        for micro in range(self.config.grad_accum):
+            rows = self.plan.rows(step, micro)
+            batch = self.load(rows)
+            with self._autocast():
+                losses = self.method(batch, progress)
+            self.scaler.scale(losses.total).backward()
+            count = count + losses.count
+            self.history.samples += len(rows)
+            self._note("loss", losses.total.detach())
+            for name, value in losses.parts.items():
+                self._note(name, value.detach())
+        self._pending_count = self._pending_count + count
+        self.scaler.unscale_(optimizer)
+        self._divide_and_clip(count)
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+    def _note(self, name: str, value: Tensor) -> None:
+        self._pending[name] = self._pending[name] + value if name in self._pending else value
+
+    def _divide_and_clip(self, count: Tensor | float) -> None:
+        """Turn summed gradients into means and bound their norm, in one pass over the gradients."""
+        grads = [p.grad for p in self.parameters if p.grad is not None]
+        divisor = torch.as_tensor(count, dtype=torch.float32, device=self.run.device).clamp_min(1)
+        scale = 1.0 / divisor
+        if self.config.clip:
+            norm = torch.nn.utils.get_total_norm(grads) * scale
+            scale = scale * (self.config.clip / (norm + 1e-6)).clamp_max(1.0)
+        torch._foreach_mul_(grads, scale)
+
+    def _after(
+        self, stage: str, optimizer: torch.optim.Optimizer, done: int, began: float, stop: Callable[[], bool]
+    ) -> None:
+        """Log, checkpoint and stop where it is time to."""
+        self.history.steps = done
+        ended = done == self.plan.steps
+        if done % self.config.log_every == 0 or ended or done == 1:
+            self._log(stage, optimizer, done)
+        stopping = stop() and not ended
+        if self.folder and not ended and (stopping or done % self.every == 0):
+            self.history.seconds = time.perf_counter() - began
+            self._save(optimizer, done)
+        self.history.seconds = time.perf_counter() - began
+        if stopping:
+            raise Interrupted(
+                f"stopped after step {done} of {self.plan.steps}",
+                why="a checkpoint was written" if self.folder else None,
+                hint="the same command goes on from there" if self.folder else None,
+            )
+
+    def _log(self, stage: str, optimizer: torch.optim.Optimizer, done: int) -> None:
+        count = float(self._pending_count) or 1.0
+        means = {name: float(value) / count for name, value in self._pending.items()}
+        self._pending, self._pending_count = {}, 0.0
+        if not math.isfinite(means["loss"]):
+            raise TrainingProblem(
+                f"the loss is {means['loss']} at step {done}",
+                hint="lower --lr, or --dtype float32; check the data for broken rows",
+            )
+        lr = max(float(group["lr"]) for group in optimizer.param_groups)
+        self.history.rows.append({"step": done, "lr": lr, **means})
+        self.run.reporter.progress(stage, done, self.plan.steps, {"loss": means["loss"]})
+
+    def _save(self, optimizer: torch.optim.Optimizer, done: int) -> None:
+        assert self.folder is not None
+        tensors = {f"method.{name}": value for name, value in self.method.state_dict().items()}
+        tensors |= state.optimizer_tensors(optimizer)
+        generator_tensors, generator_state = state.generators()
+        history = {name: getattr(self.history, name) for name in ("rows", "steps", "seconds", "samples")}
+        checkpoint.save(
+            self.folder,
+            done,
+            tensors | generator_tensors,
+            {"step": done, "history": history, "generators": generator_state},
+        )
