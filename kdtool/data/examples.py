@@ -7,6 +7,22 @@ from typing import Any, Self
 import numpy as np
 
 
+class LazyColumn(Sequence[Any]):
+    """A column whose values are made on indexing, such as decoded images."""
+
+    def take(self, indices: Sequence[int] | np.ndarray) -> Self:
+        """The values at `indices`, in that order, without making any of them."""
+        raise NotImplementedError
+
+
+def _pick(column: Any, indices: np.ndarray) -> Any:
+    if isinstance(column, np.ndarray):
+        return column[indices]
+    if isinstance(column, LazyColumn):
+        return column.take(indices)
+    return [column[i] for i in indices]
+
+
 class Examples:
     """Rows held by column; indexing gives one row as a mapping.
 
@@ -30,10 +46,9 @@ class Examples:
 
     def select(self, indices: Sequence[int] | np.ndarray) -> Self:
         """The rows at `indices`, in that order."""
-        chosen: dict[str, Any] = {}
-        for name, column in self.columns.items():
-            chosen[name] = column[np.asarray(indices)] if isinstance(column, np.ndarray) else [column[i] for i in indices]
-        lengths = None if self.lengths is None else self.lengths[np.asarray(indices)]
+        rows = np.asarray(indices, dtype=np.int64)
+        chosen = {name: _pick(column, rows) for name, column in self.columns.items()}
+        lengths = None if self.lengths is None else self.lengths[rows]
         return type(self)(chosen, lengths)
 
 
