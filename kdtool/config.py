@@ -356,7 +356,7 @@ def _explain(error: ValidationError, path: Path | None, text: str) -> ConfigProb
         part for part in problem["loc"] if not (isinstance(part, str) and part.startswith(("literal[", "dict[")))
     ]
     line = _line_of(text, location) if text else None
-    where = f"{path}:{line}: " if path and line else f"{path}: " if path and text and line is None and False else ""
+    where = f"{path}:{line}: " if path and line else ""
     if problem["type"] == "extra_forbidden":
         return _unknown_key(where, location)
     name = ".".join(map(str, location))

@@ -40,13 +40,28 @@ def layer_indices(spec: str, depth: int) -> list[int]:
     )
 
 
-def _depth(config: Any) -> tuple[Any, str] | None:
-    """The (sub-)configuration that states the number of layers, and its key."""
+def _place(config: Any) -> tuple[Any, str]:
+    """The (sub-)configuration that states the number of layers, and its key.
+
+    Raises:
+        ModelProblem: none does.
+    """
     for candidate in (config, getattr(config, "backbone_config", None)):
         for key in _COUNTS:
             if candidate is not None and isinstance(getattr(candidate, key, None), int):
                 return candidate, key
-    return None
+    raise ModelProblem("the teacher does not state a number of layers", hint="give a student folder or configuration")
+
+
+def depth_of(config: Any, model: nn.Module) -> tuple[int, str]:
+    """Number of layers, and the path of the module list that holds them.
+
+    Raises:
+        ModelProblem: the architecture has no single stack of layers.
+    """
+    holder, key = _place(config)
+    depth = int(getattr(holder, key))
+    return depth, _stack(model, depth)
 
 
 def _stack(model: nn.Module, depth: int) -> str:
@@ -75,14 +90,8 @@ def from_layers(teacher: Loaded, spec: str) -> Loaded:
         ModelProblem: the architecture has no single stack of layers.
     """
     config = copy.deepcopy(teacher.model.config)
-    place = _depth(config)
-    if place is None:
-        raise ModelProblem(
-            f"'{teacher.ref}' does not state a number of layers", hint="give a student folder or configuration"
-        )
-    holder, key = place
-    depth = int(getattr(holder, key))
-    stack = _stack(teacher.model, depth)
+    depth, stack = depth_of(config, teacher.model)
+    holder, key = _place(config)
     chosen = layer_indices(spec, depth)
     setattr(holder, key, len(chosen))
     for name, value in list(vars(holder).items()):

@@ -80,6 +80,15 @@ def fetch_model(ref: ModelRef, run: Run) -> tuple[Path, str]:
     Raises:
         HubProblem: not found, gated, offline and not cached, or the network failed.
     """
+    return _fetch(ref, run, [*_MODEL_FILES, "*.bin"] if run.allow_pickle else _MODEL_FILES)
+
+
+def fetch_config(ref: ModelRef, run: Run) -> tuple[Path, str]:
+    """Download only a Hub model's config.json; as `fetch_model`."""
+    return _fetch(ref, run, ["config.json"])
+
+
+def _fetch(ref: ModelRef, run: Run, patterns: list[str]) -> tuple[Path, str]:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -89,7 +98,6 @@ def fetch_model(ref: ModelRef, run: Run) -> tuple[Path, str]:
         RevisionNotFoundError,
     )
 
-    patterns = [*_MODEL_FILES, "*.bin"] if run.allow_pickle else _MODEL_FILES
     try:
         if run.offline:
             folder = Path(

@@ -288,10 +288,7 @@ def load(path_or_id: str | Path, task: str | None = None, run: Run | None = None
     folder, _ = resolve(str(path_or_id), run)
     values = read_config(folder, str(path_or_id))
     check_weights(folder, str(path_or_id), run.allow_pickle)
-    if task is not None:
-        auto = str(TASKS.info(task).facts["auto_class"])
-    else:
-        auto = auto_class_of(values)
+    auto = auto_class_of(values) if task is None else str(TASKS.info(task).facts["auto_class"])
     with plain_model_errors(str(path_or_id)), _quiet():
         model = auto_class(auto).from_pretrained(
             folder, local_files_only=True, trust_remote_code=run.trust_remote_code, weights_only=True, dtype="auto"

@@ -1,1 +1,1 @@
-"""Exporters."""
+"""Exporters: one file is one target format."""

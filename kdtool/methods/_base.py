@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kdtool.models import Loaded
-from kdtool.tasks._base import TEACHER_PREFIX, Batch, Outputs, Task
+from kdtool.tasks._base import Batch, Outputs, Task, view_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,13 +91,6 @@ class Method(nn.Module):
     def finish(self) -> nn.Module:
         """The model to save: by default the student as it is."""
         return self.student
-
-
-def view_of(batch: Batch, index: int) -> Batch:
-    """The part of a batch made for teacher `index`, or the batch itself where both share inputs."""
-    prefix = f"{TEACHER_PREFIX}{index}."
-    own = {key.removeprefix(prefix): value for key, value in batch.items() if key.startswith(prefix)}
-    return own or batch
 
 
 def labels_of(out: Outputs) -> Tensor:

@@ -95,12 +95,27 @@ class Task:
         raise NotImplementedError
 
     def evaluate(
-        self, model: nn.Module, data: Examples, run: Run, metrics: Sequence[str], batch_size: int
+        self,
+        model: nn.Module,
+        data: Examples,
+        run: Run,
+        metrics: Sequence[str],
+        batch_size: int,
+        teacher: int | None = None,
     ) -> Evaluation:
-        """Score a model."""
+        """Score a model.
+
+        Args:
+            model: Student or teacher, on the run's device.
+            data: Encoded rows with labels.
+            run: Context.
+            metrics: Names of metrics.
+            batch_size: Rows in one forward pass; does not change the result beyond rounding.
+            teacher: Number of the teacher whose inputs to use, None for the student's.
+        """
         raise NotImplementedError
 
-    def example_inputs(self, data: Examples, batch_size: int) -> Batch:
+    def example_inputs(self, data: Examples, batch_size: int, teacher: int | None = None) -> Batch:
         """A batch of real inputs, without labels, for latency and parity checks."""
         raise NotImplementedError
 
@@ -110,3 +125,10 @@ def to_device(batch: Batch, device: str | torch.device) -> Batch:
     if str(device) == "cpu":
         return batch
     return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+
+
+def view_of(batch: Batch, index: int) -> Batch:
+    """The part of a batch made for teacher `index`, or the batch itself where both share inputs."""
+    prefix = f"{TEACHER_PREFIX}{index}."
+    own = {key.removeprefix(prefix): value for key, value in batch.items() if key.startswith(prefix)}
+    return own or batch

@@ -11,7 +11,7 @@ from kdtool.data.batching import ordered_batches
 from kdtool.data.examples import Examples
 from kdtool.metrics import score
 from kdtool.run import Run
-from kdtool.tasks._base import Batch, Evaluation, Outputs, Task, to_device
+from kdtool.tasks._base import Batch, Evaluation, Outputs, Task, to_device, view_of
 
 LABELS = "labels"
 
@@ -47,12 +47,16 @@ class ClassificationTask(Task):
         return Outputs(model(**inputs).logits, batch.get(LABELS))
 
     @torch.no_grad()
-    def predict(self, model: nn.Module, data: Examples, run: Run, batch_size: int) -> np.ndarray:
+    def predict(
+        self, model: nn.Module, data: Examples, run: Run, batch_size: int, teacher: int | None = None
+    ) -> np.ndarray:
         """Logits [examples, classes] float32 in the order of the data."""
         model.eval()
         chunks, order = [], []
         for rows in ordered_batches(data.lengths, len(data), batch_size):
             batch = to_device(self.collate([data[int(i)] for i in rows]), run.device)
+            if teacher is not None:
+                batch = view_of(batch, teacher)
             chunks.append(self.forward(model, batch).logits.float().cpu().numpy())
             order.append(rows)
         logits = np.concatenate(chunks)
@@ -61,16 +65,23 @@ class ClassificationTask(Task):
         return result
 
     def evaluate(
-        self, model: nn.Module, data: Examples, run: Run, metrics: Sequence[str], batch_size: int
+        self,
+        model: nn.Module,
+        data: Examples,
+        run: Run,
+        metrics: Sequence[str],
+        batch_size: int,
+        teacher: int | None = None,
     ) -> Evaluation:
         """Score a model; the result does not depend on the batch size beyond rounding."""
-        logits = self.predict(model, data, run, batch_size)
+        logits = self.predict(model, data, run, batch_size, teacher)
         labels = np.asarray(data.columns[LABELS])
         values, errors = score(metrics, logits, labels)
         return Evaluation(values, errors, logits, labels, len(data))
 
-    def example_inputs(self, data: Examples, batch_size: int) -> Batch:
+    def example_inputs(self, data: Examples, batch_size: int, teacher: int | None = None) -> Batch:
         """A batch of real inputs without labels."""
-        rows = [int(i) % len(data) for i in range(batch_size)]
-        batch = self.collate([data[i] for i in rows])
+        batch = self.collate([data[i % len(data)] for i in range(batch_size)])
+        if teacher is not None:
+            batch = view_of(batch, teacher)
         return {key: value for key, value in batch.items() if key != LABELS and "." not in key}

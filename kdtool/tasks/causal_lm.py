@@ -72,7 +72,13 @@ class Task(_base.Task):
 
     @torch.no_grad()
     def evaluate(
-        self, model: nn.Module, data: Examples, run: Run, metrics: Sequence[str], batch_size: int
+        self,
+        model: nn.Module,
+        data: Examples,
+        run: Run,
+        metrics: Sequence[str],
+        batch_size: int,
+        teacher: int | None = None,
     ) -> Evaluation:
         """Mean loss in nats per predicted token, perplexity, share of tokens predicted right.
 
@@ -99,7 +105,7 @@ class Task(_base.Task):
             {name: values[name] for name in chosen}, {name: errors[name] for name in chosen}, None, None, len(data)
         )
 
-    def example_inputs(self, data: Examples, batch_size: int) -> Batch:
+    def example_inputs(self, data: Examples, batch_size: int, teacher: int | None = None) -> Batch:
         """A batch of real windows."""
         return self.collate([data[i % len(data)] for i in range(batch_size)])
 

@@ -82,7 +82,7 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
     """Turn the first Ctrl-C or SIGTERM into a request; a second Ctrl-C interrupts at once."""
     asked: list[int] = []
 
-    def handle(number: int, frame: FrameType | None) -> None:
+    def handle(number: int, _frame: FrameType | None) -> None:
         if asked:
             raise KeyboardInterrupt
         asked.append(number)
@@ -117,7 +117,7 @@ class Trainer:
         data: Examples,
         config: TrainSection,
         run: Run,
-        is_head: Callable[[str], bool] = lambda name: False,
+        is_head: Callable[[str], bool] = lambda _name: False,
         folder: Path | None = None,
     ) -> None:
         assert config.lr is not None

@@ -1,0 +1,191 @@
+"""`distill`: teacher and data in; verified, documented student out."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdtool.card import write_card
+from kdtool.config import RunConfig
+from kdtool.data.examples import DataSplits
+from kdtool.errors import DataProblem, QualityProblem, TrainingProblem, UsageProblem
+from kdtool.models import Loaded, load
+from kdtool.pipelines import setup
+from kdtool.pipelines.output import Output
+from kdtool.pipelines.prove import compare
+from kdtool.pipelines.teacher import fine_tuned
+from kdtool.proof import Proof, Result
+from kdtool.registry import METHODS
+from kdtool.report import write_manifest, write_report
+from kdtool.run import Run
+from kdtool.saving import save_model
+from kdtool.tasks._base import Task
+from kdtool.train.loop import History, Trainer
+from kdtool.train.state import seed_everything
+from kdtool.verify import reload_check
+from kdtool.writing import typed
+
+_PROBE_ROWS = 8
+
+
+@dataclass(slots=True)
+class Ready:
+    """Everything training needs."""
+
+    task: Task
+    data: DataSplits
+    encoded: setup.Encoded
+    teacher: Loaded | None
+    student: Loaded
+    method: Any
+
+
+def get_ready(config: RunConfig, run: Run) -> Ready:
+    """Load data and models, check that they fit, and build the method.
+
+    Raises:
+        KdtoolError: anything that does not fit, before any work is done.
+    """
+    setup.begin(config, run)
+    setup.apply_benchmark(config)
+    task = setup.pick_task(config, config.teacher.model or config.student.model, run)
+    facts = METHODS.info(config.method_name).facts
+    if task.name not in facts["tasks"]:
+        fitting = [name for name in METHODS.names() if task.name in METHODS.info(name).facts["tasks"]]
+        raise UsageProblem(
+            f"method {config.method_name} does not fit {task.name}", hint=f"methods that do: {', '.join(fitting)}"
+        )
+    data = setup.get_data(config, task, run)
+    if data.train is None:
+        raise DataProblem("the data has no rows to train on", hint="name their split: --set data.train_split=NAME")
+    teacher = None
+    if config.teacher.model is not None:
+        teacher = setup.load_teacher(config, task, data, run)
+        setup.relabel(data, teacher, config, run)
+        if config.teacher.fine_tune:
+            teacher = fine_tuned(config, task, teacher, data, run)
+        elif facts.get("teachers", (1, 1))[0] > 0:
+            setup.check_trained(teacher)
+    seed_everything(run.seed)
+    student = setup.load_student(config, task, data, teacher, run)
+    if teacher is not None and teacher.facts.get("new_weights"):
+        teacher = None  # an untrained teacher is only a source of layers; comparing with it says nothing
+    encoded = setup.encode(task, data, student, teacher, config, run)
+    config.train.lr = config.train.lr or task.default_lr
+    settings = METHODS.build_config(config.method_name, config.method_values)
+    method = METHODS.get(config.method_name)(settings, student, [teacher] if teacher else [], task)
+    return Ready(task, data, encoded, teacher, student, method)
+
+
+def rehearse(trainer: Trainer) -> None:
+    """Run forward and backward once on the longest rows, so that what cannot work fails now.
+
+    Raises:
+        TrainingProblem: the loss is not finite.
+    """
+    data = trainer.plan.data
+    size = min(trainer.config.batch_size, len(data))
+    longest = range(size) if data.lengths is None else data.lengths.argsort()[-size:]
+    trainer.method.eval()
+    devices = [trainer.run.device] if trainer.run.device.startswith("cuda") else []
+    with torch.random.fork_rng(devices=devices):
+        losses = trainer.method(trainer.load(longest), 0.0)
+        losses.total.backward()
+    trainer.method.zero_grad(set_to_none=True)
+    if not torch.isfinite(losses.total):
+        raise TrainingProblem(
+            "the very first loss is not finite", hint="check the data and the models; --dtype float32"
+        )
+
+
+def distill(config: RunConfig, run: Run | None = None) -> Result:
+    """Train a student to do what a teacher does, prove how well it does it, and save it.
+
+    Args:
+        config: The run's configuration, from `kdtool.config.load_config`.
+        run: Context (default: made from the configuration, silent).
+
+    Returns:
+        What was made and measured; `gates_missed` names gates that did not pass.
+
+    Raises:
+        KdtoolError: its children say what went wrong; the output folder is left as it was, or
+            holds checkpoints from which the same command goes on.
+    """
+    began = time.perf_counter()
+    run = run or setup.make_run(config)
+    asked = config.model_copy(deep=True)
+    if config.output.folder is None:
+        raise UsageProblem("no output folder given", hint="add -o FOLDER")
+    output = Output(Path(config.output.folder).expanduser(), asked)
+    try:
+        ready = get_ready(config, run)
+        trainer = Trainer(
+            ready.method,
+            ready.encoded.train,  # type: ignore[arg-type] # get_ready refuses data without training rows
+            config.train,
+            run,
+            setup.is_head_of(ready.student.model),
+            output.checkpoints,
+        )
+        rehearse(trainer)
+        run.reporter.info(
+            f"training {ready.student.parameters:,} parameters for {trainer.plan.steps} steps ({config.method_name})"
+        )
+        history = trainer.train()
+        proof = _finish(ready, history, config, run, output, began)
+    except BaseException:
+        output.release()
+        raise
+    extra = {"task": ready.task.name, "method": config.method_name, "samples_per_second": _rate(history)}
+    result = Result("distill", output.folder, proof, time.perf_counter() - began, history.steps, extra)
+    result.extra["next"] = (
+        f"kdtool export {output.folder} --format safetensors --set output.dtype=float16 -o {output.folder}-fp16"
+    )
+    if not proof.reload.get("passed", True):
+        raise QualityProblem(
+            f"the student in {output.folder} does not reproduce its outputs after reloading",
+            why=f"largest difference {proof.reload['max_abs_diff']:.2e}",
+        )
+    return result
+
+
+def _rate(history: History) -> float | None:
+    return round(history.samples / history.seconds, 1) if history.seconds else None
+
+
+def _finish(ready: Ready, history: History, config: RunConfig, run: Run, output: Output, began: float) -> Proof:
+    """Save, reload, measure, document, and move everything into place."""
+    task, staging = ready.task, output.staging
+    student = ready.student
+    student.model = ready.method.finish()
+    save_model(student, staging, config.output)
+    probe = task.example_inputs(ready.encoded.test, min(_PROBE_ROWS, len(ready.encoded.test)))
+    reload: dict[str, Any] = {}
+    if config.eval.reload:
+        run.reporter.info("reloading the student in a fresh process")
+        reload = reload_check(staging, task, student.model, probe, run.trust_remote_code)
+    model = load(staging, task.name, run).float()
+    saved = Loaded(model, student.processor, str(output.folder), None, staging, student.facts)
+    proof = compare(task, saved, ready.teacher, ready.encoded.test, config, run)
+    proof.reload = reload
+    rows = [
+        {
+            "step": row["step"],
+            "loss": row["loss"],
+            "lr": row["lr"],
+            "parts": {k: v for k, v in row.items() if k not in ("step", "loss", "lr")},
+        }
+        for row in history.rows
+    ]
+    write_report(staging, proof, rows, config, config.output.plots)
+    facts = {"task": task.name, "labels": ready.data.labels, "command_line": run.provenance.get("command", "")}
+    write_card(staging, proof, config, facts)
+    extra = {"seconds": time.perf_counter() - began, "steps": history.steps, "history": rows, "task": task.name}
+    write_manifest(
+        staging, config, proof, run, typed(run.provenance.get("command") or "kdtool distill -c kdtool.json"), extra
+    )
+    output.commit()
+    return proof

@@ -1,0 +1,63 @@
+"""`evaluate`: a benchmark, a model, and beside it a teacher."""
+
+import json
+import time
+from pathlib import Path
+
+from kdtool.config import RunConfig
+from kdtool.errors import UsageProblem
+from kdtool.models import load_model
+from kdtool.pipelines import setup
+from kdtool.pipelines.prove import compare
+from kdtool.proof import Result
+from kdtool.report import write_report
+from kdtool.run import Run
+
+
+def evaluate(config: RunConfig, run: Run | None = None) -> Result:
+    """Score a model on a benchmark or data set, with a teacher beside it if one is named.
+
+    Args:
+        config: `student.model` is the model, `teacher.model` what it is held against.
+        run: Context (default: made from the configuration, silent).
+
+    Raises:
+        KdtoolError: its children say what went wrong.
+    """
+    began = time.perf_counter()
+    run = run or setup.make_run(config)
+    setup.begin(config, run)
+    setup.apply_benchmark(config)
+    if config.student.model is None:
+        raise UsageProblem("no model given", hint="kdtool evaluate MODEL --data DATA")
+    task = setup.pick_task(config, config.student.model, run)
+    data = setup.get_data(config, task, run, score_only=True)
+    model = load_model(config.student.model, task.auto_class, run, "model")
+    setup.load_processor(model, task, run)
+    setup.check_trained(model, "model")
+    setup.relabel(data, model, config, run)
+    teacher = None
+    if config.teacher.model is not None:
+        teacher = load_model(config.teacher.model, task.auto_class, run, "teacher")
+        setup.load_processor(teacher, task, run)
+        setup.check_trained(teacher)
+        setup.check_same_classes(model, teacher)
+    encoded = setup.encode(task, data, model, teacher, config, run)
+    proof = compare(task, model, teacher, encoded.test, config, run)
+    extra = {
+        "task": task.name,
+        "data": {"source": config.data.source, "rows": len(encoded.test), **_pinned(run)},
+        "main": (config.eval.metrics or list(task.metrics))[0],
+    }
+    output = Path(config.output.folder).expanduser() if config.output.folder else None
+    result = Result("evaluate", output, proof, time.perf_counter() - began, None, extra)
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        write_report(output, proof, [], config, config.output.plots)
+        (output / "result.json").write_text(json.dumps(result.as_json(), indent=2) + "\n", encoding="utf-8")
+    return result
+
+
+def _pinned(run: Run) -> dict[str, object]:
+    data = run.provenance.get("data", {})
+    return {"revision": data["revision"]} if data.get("revision") else {}

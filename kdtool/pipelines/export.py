@@ -1,0 +1,73 @@
+"""`export`: a model in another format, checked against the source."""
+
+import time
+from pathlib import Path
+
+from kdtool.card import write_card
+from kdtool.config import RunConfig
+from kdtool.errors import QualityProblem, UsageProblem
+from kdtool.models import load_model
+from kdtool.pipelines import setup
+from kdtool.pipelines.output import Output
+from kdtool.pipelines.probe import probe_inputs
+from kdtool.pipelines.prove import weight_bytes
+from kdtool.proof import Proof, Result, Side
+from kdtool.registry import EXPORTERS
+from kdtool.report import write_manifest, write_report
+from kdtool.run import Run
+
+
+def export(config: RunConfig, run: Run | None = None) -> Result:
+    """Write a model in another format, and prove that it computes what the source computes.
+
+    Args:
+        config: `teacher.model` is the model, `output.format` the format.
+        run: Context (default: made from the configuration, silent).
+
+    Raises:
+        QualityProblem: the exported model differs from the source; it is kept.
+        KdtoolError: its other children say what went wrong.
+    """
+    began = time.perf_counter()
+    run = run or setup.make_run(config)
+    setup.begin(config, run)
+    if config.teacher.model is None or config.output.folder is None:
+        raise UsageProblem("export needs a model and an output folder", hint="kdtool export MODEL -o FOLDER")
+    exporter = EXPORTERS.get(config.output.format)
+    asked = config.model_copy(deep=True)
+    output = Output(Path(config.output.folder).expanduser(), asked)
+    try:
+        task = setup.pick_task(config, config.teacher.model, run)
+        loaded = load_model(config.teacher.model, task.auto_class, run, "model")
+        setup.check_trained(loaded, "model")
+        setup.load_processor(loaded, task, run)
+        parameters, source_bytes, name = loaded.parameters, weight_bytes(loaded.folder), loaded.ref
+        probe = probe_inputs(task, loaded, config, run)
+        run.reporter.info(
+            f"exporting to {config.output.format} and checking {next(iter(probe.values())).shape[0]} inputs"
+        )
+        report = exporter(loaded, task, probe, output.staging, config, run)
+        made = Side(str(output.folder), None, parameters, weight_bytes(output.staging), {})
+        source = Side(name, loaded.revision, parameters, source_bytes, {})
+        proof = Proof(made, source, reload=report.parity)
+        write_report(output.staging, proof, [], config, plots=False)
+        write_card(output.staging, proof, config, {"task": task.name, "labels": loaded.labels})
+        extra = {
+            "seconds": time.perf_counter() - began,
+            "task": task.name,
+            "format": config.output.format,
+            "dtype": report.dtype,
+        }
+        write_manifest(output.staging, config, proof, run, run.provenance.get("command", ""), extra)
+        output.commit()
+    except BaseException:
+        output.release()
+        raise
+    if not report.parity["passed"]:
+        raise QualityProblem(
+            f"the model exported to {output.folder} differs from its source",
+            why=f"largest difference {report.parity['max_abs_diff']:.2e}, allowed {report.parity['tolerance']:.2e}",
+        )
+    extra = {"format": config.output.format, "dtype": report.dtype, "files": report.files, "task": task.name}
+    extra["next"] = f"kdtool evaluate {output.folder} --data DATA"
+    return Result("export", output.folder, proof, time.perf_counter() - began, None, extra)

@@ -1,0 +1,95 @@
+"""Measuring two models side by side, and writing what came out."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdtool import gates
+from kdtool.config import RunConfig
+from kdtool.data.examples import Examples
+from kdtool.metrics import reliability_bins
+from kdtool.models import Loaded
+from kdtool.proof import Proof, Side, retention
+from kdtool.run import Run
+from kdtool.tasks._base import Task
+from kdtool.verify import latency
+
+
+def weight_bytes(folder: Path | None) -> int:
+    """Size of the weight files in a folder; 0 without one."""
+    if folder is None or not folder.is_dir():
+        return 0
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors")) or sum(
+        path.stat().st_size for path in folder.glob("*.bin")
+    )
+
+
+def model_bytes(loaded: Loaded) -> int:
+    """Size of a model's weight files, or of its weights in memory when it has no files."""
+    return weight_bytes(loaded.folder) or sum(p.numel() * p.element_size() for p in loaded.model.parameters())
+
+
+def measure(
+    task: Task, loaded: Loaded, data: Examples, config: RunConfig, run: Run, teacher: int | None = None
+) -> Side:
+    """Score one model on the test rows."""
+    names = config.eval.metrics or list(task.metrics)
+    model = loaded.model.to(run.device)
+    found = task.evaluate(model, data, run, names, config.eval.batch_size, teacher)
+    bins = (
+        reliability_bins(found.logits, found.labels) if found.logits is not None and found.labels is not None else None
+    )
+    return Side(
+        name=loaded.ref,
+        revision=loaded.revision,
+        parameters=loaded.parameters,
+        bytes=model_bytes(loaded),
+        metrics=found.metrics,
+        errors=found.errors,
+        reliability=bins,
+    )
+
+
+def compare(task: Task, student: Loaded, teacher: Loaded | None, data: Examples, config: RunConfig, run: Run) -> Proof:
+    """Score and time the student, and the teacher beside it."""
+    say = run.reporter.info
+    say(f"scoring on {len(data)} test rows")
+    left = measure(task, student, data, config, run)
+    right = None if teacher is None else measure(task, teacher, data, config, run, 0)
+    proof = Proof(left, right)
+    if right is not None:
+        proof.retention = retention(left.metrics, right.metrics)
+    if config.eval.latency:
+        _time(task, student, teacher, data, config, run, proof)
+    proof.gates = [
+        gates.check(gate, left.metrics, right.metrics if right else None, proof.retention)
+        for gate in gates.parse_gates(config.eval.fail_under)
+    ]
+    return proof
+
+
+def _time(
+    task: Task, student: Loaded, teacher: Loaded | None, data: Examples, config: RunConfig, run: Run, proof: Proof
+) -> None:
+    sizes: Sequence[int] = config.eval.latency_batches
+    repeats = config.eval.latency_repeats
+    batches = {size: task.example_inputs(data, size) for size in sizes}
+    models: dict[str, torch.nn.Module] = {"student": student.model}
+    views = {"student": batches}
+    if teacher is not None:
+        models["teacher"] = teacher.model
+        views["teacher"] = {size: task.example_inputs(data, size, 0) for size in sizes}
+    timed = latency(task, models, views, repeats, run.device)
+    proof.student.latency = timed["student"]
+    if proof.teacher is not None:
+        proof.teacher.latency = timed["teacher"]
+        proof.latency_ratio = {
+            size: timed["teacher"][size]["median_ms"] / timed["student"][size]["median_ms"] for size in sizes
+        }
+
+
+def facts_of(loaded: Loaded) -> dict[str, Any]:
+    """What the model card says about a model beyond the proof."""
+    return {"revision": loaded.revision, **{k: v for k, v in loaded.facts.items() if k != "new_weights"}}

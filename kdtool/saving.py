@@ -1,0 +1,35 @@
+"""Saving a model with its processor, in the number format it should have."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdtool.config import OutputSection
+from kdtool.models import Loaded
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def stored_dtype(loaded: Loaded, wanted: str) -> str:
+    """The number format to save in: the one asked for, or the one the model came in."""
+    if wanted != "keep":
+        return wanted
+    given = str(loaded.facts.get("dtype") or "float32").removeprefix("torch.")
+    return given if given in _DTYPES else "float32"
+
+
+def save_model(loaded: Loaded, folder: Path, output: OutputSection) -> None:
+    """Write weights, configuration and processor files into a fresh folder.
+
+    The model in memory is rounded to the stored format and kept in float32, so that it gives the
+    outputs that the saved one will give.
+    """
+    name = stored_dtype(loaded, output.dtype)
+    model: Any = loaded.model.to("cpu")
+    model.to(_DTYPES[name])
+    model.save_pretrained(folder, max_shard_size=output.max_shard_size)
+    model.float().eval()
+    if loaded.processor is not None:
+        loaded.processor.save_pretrained(folder)
+    loaded.facts["dtype"] = name
