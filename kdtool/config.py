@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from kdtool.errors import ConfigProblem, nearest
 from kdtool.registry import ATTENTION, COMPRESSORS, EXPORTERS, METHODS, Plugin, Registry
 
-Command = Literal["distill", "compress", "patch-attention", "evaluate", "export"]
+Command = Literal["distill", "compare", "compress", "patch-attention", "evaluate", "export"]
 
 
 class Section(BaseModel):
@@ -140,6 +140,8 @@ class EvalSection(Section):
     """Batch sizes at which latency is measured."""
     latency_repeats: int = Field(20, gt=0)
     """Timed forward passes for each model and batch size."""
+    seeds: list[int] = [0, 1, 2]
+    """Seeds of a comparison: every method runs once with each."""
     reload: bool = True
     """Reload the saved model in a fresh process and compare outputs."""
 
@@ -428,7 +430,7 @@ def load_config(
     """
     values, text = read_file(path) if path else ({}, "")
     stated = values.get("command", command)
-    if stated != command:
+    if stated != command and (stated, command) != ("distill", "compare"):
         raise ConfigProblem(f"{path} is a configuration for 'kdtool {stated}', not 'kdtool {command}'")
     values["command"] = command
     if isinstance(values.get("method"), str):

@@ -106,6 +106,6 @@ def nearest(name: str, known: Iterable[str], limit: int = 3) -> str:
     if near:
         return f"did you mean {', '.join(near)}?"
     if not names:
-        return "there are none"
-    shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
-    return f"known: {shown}"
+        return "there are none."
+    shown = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
+    return f"known: {shown}."

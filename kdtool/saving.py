@@ -27,9 +27,15 @@ def save_model(loaded: Loaded, folder: Path, output: OutputSection) -> None:
     """
     name = stored_dtype(loaded, output.dtype)
     model: Any = loaded.model.to("cpu")
+    # buffers that are not saved, such as rotary frequencies, are made anew on loading: never rounded
+    persistent = set(model.state_dict())
+    kept = {key: buffer.clone() for key, buffer in model.named_buffers() if key not in persistent}
     model.to(_DTYPES[name])
     model.save_pretrained(folder, max_shard_size=output.max_shard_size)
     model.float().eval()
+    for key, buffer in kept.items():
+        owner, _, leaf = key.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, buffer)
     if loaded.processor is not None:
         loaded.processor.save_pretrained(folder)
     loaded.facts["dtype"] = name

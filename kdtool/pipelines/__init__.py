@@ -1,9 +1,10 @@
 """The stages as plain functions: what the command line and the Python API both call."""
 
+from kdtool.pipelines.compare import compare
 from kdtool.pipelines.distill import distill
 from kdtool.pipelines.evaluate import evaluate
 from kdtool.pipelines.export import export
 from kdtool.pipelines.plan import plan
 from kdtool.pipelines.quickstart import quickstart
 
-__all__ = ["distill", "evaluate", "export", "plan", "quickstart"]
+__all__ = ["compare", "distill", "evaluate", "export", "plan", "quickstart"]

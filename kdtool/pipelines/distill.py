@@ -183,7 +183,13 @@ def _finish(ready: Ready, history: History, config: RunConfig, run: Run, output:
     write_report(staging, proof, rows, config, config.output.plots)
     facts = {"task": task.name, "labels": ready.data.labels, "command_line": run.provenance.get("command", "")}
     write_card(staging, proof, config, facts)
-    extra = {"seconds": time.perf_counter() - began, "steps": history.steps, "history": rows, "task": task.name}
+    extra = {
+        "seconds": time.perf_counter() - began,
+        "train_seconds": history.seconds,
+        "steps": history.steps,
+        "history": rows,
+        "task": task.name,
+    }
     write_manifest(
         staging, config, proof, run, typed(run.provenance.get("command") or "kdtool distill -c kdtool.json"), extra
     )

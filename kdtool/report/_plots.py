@@ -19,19 +19,21 @@ _PARTS = ("#7a9e3a", "#a05195", "#c9a227", "#5d6d7e", "#c0392b", "#2a9d8f")
 _GREY = "#8a8a8a"
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of that size in inches."""
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _tidy(axes: Any, grid: str = "both") -> None:
+def tidy(axes: Any, grid: str = "both") -> None:
+    """Light grid, no frame."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(True, axis=grid, color="#e4e4e4", linewidth=0.8)
     axes.set_axisbelow(True)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
     """Write a PNG that is the same on every run: without the version of the drawing software."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
@@ -55,7 +57,7 @@ def loss_figure(history: Sequence[Mapping[str, Any]]) -> Figure | None:
     if len(steps) < 2:
         return None
     rates = _series(history, "lr")
-    figure = _figure(7.0, 4.6 if rates[0] else 3.6)
+    figure = new_figure(7.0, 4.6 if rates[0] else 3.6)
     panels = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1)) if rates[0] else [figure.subplots()]
     top = panels[0]
     names = list(dict.fromkeys(name for entry in history for name in entry.get("parts") or {}))
@@ -77,7 +79,7 @@ def loss_figure(history: Sequence[Mapping[str, Any]]) -> Figure | None:
         panels[1].set_ylabel("learning rate")
         panels[1].ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     for panel in panels:
-        _tidy(panel)
+        tidy(panel)
     panels[-1].set_xlabel("step")
     panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     top.set_title("Training", loc="left", fontweight="bold")
@@ -93,7 +95,7 @@ def quality_figure(proof: Proof) -> Figure | None:
     points = [(teacher, TEACHER, "teacher"), (student, STUDENT, "student")]
     if not all(math.isfinite(side.metrics[metric]) for side, _, _ in points):
         return None
-    figure = _figure(6.0, 4.0)
+    figure = new_figure(6.0, 4.0)
     axes = figure.subplots()
     for side, colour, role in points:
         value, error = side.metrics[metric], side.errors.get(metric, 0.0)
@@ -117,7 +119,7 @@ def quality_figure(proof: Proof) -> Figure | None:
     small, large = sorted((student.bytes / 1e6, teacher.bytes / 1e6))
     # Of nearly equal sizes the smaller one's label needs room on the right.
     axes.set_xlim(0.0, (1.15 if small < 0.6 * large else 1.7) * large)
-    _tidy(axes)
+    tidy(axes)
     axes.set_xlabel("file size (MB)")
     axes.set_ylabel(f"{metric} ({'higher' if higher_is_better(metric) else 'lower'} is better)")
     axes.set_title("Quality against size", loc="left", fontweight="bold")
@@ -148,8 +150,8 @@ def _reliability_panel(top: Any, bottom: Any, side: Side, role: str, colour: str
     top.set_ylim(0, 1)
     bottom.bar(x, [100 * count / total for *_, count in filled], 0.92 * width, color=colour, alpha=0.5)
     bottom.set_xlabel("confidence")
-    _tidy(top)
-    _tidy(bottom, "y")
+    tidy(top)
+    tidy(bottom, "y")
 
 
 def reliability_figure(proof: Proof) -> Figure | None:
@@ -158,7 +160,7 @@ def reliability_figure(proof: Proof) -> Figure | None:
     drawn = [entry for entry in sides if entry[0] and any(count for *_, count in entry[0].reliability or [])]
     if not drawn:
         return None
-    figure = _figure(4.2 * len(drawn) + 0.4, 5.0)
+    figure = new_figure(4.2 * len(drawn) + 0.4, 5.0)
     panels = figure.subplots(2, len(drawn), sharex=True, sharey="row", height_ratios=(4, 1), squeeze=False)
     for column, (side, role, colour) in enumerate(drawn):
         assert side is not None
@@ -180,5 +182,5 @@ def draw_all(folder: Path, proof: Proof, history: Sequence[Mapping[str, Any]]) -
     for name, (caption, figure) in figures.items():
         if figure is not None:
             path = folder / "plots" / f"{name}.png"
-            _save(figure, path)
+            save(figure, path)
             yield caption, path

@@ -1,13 +1,13 @@
 """Image classification: one image, one class."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
 
 from kdtool.config import RunConfig
-from kdtool.data.examples import Examples
+from kdtool.data.examples import Examples, LazyColumn
 from kdtool.models import Loaded
 from kdtool.run import Run
 from kdtool.tasks._base import Batch
@@ -17,7 +17,7 @@ _IN_MEMORY = 2 * 2**30
 """Processed images up to this many bytes are kept; larger sets are processed again in each epoch."""
 
 
-class _Processed:
+class _Processed(LazyColumn):
     """Images run through an image processor on access."""
 
     def __init__(self, images: Sequence[Any], processor: Any) -> None:
@@ -27,7 +27,12 @@ class _Processed:
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> np.ndarray:
+    def take(self, indices: Sequence[int] | np.ndarray) -> Self:
+        """The rows at `indices`; nothing is decoded."""
+        images = self.images.take(indices) if isinstance(self.images, LazyColumn) else [self.images[i] for i in indices]
+        return type(self)(images, self.processor)
+
+    def __getitem__(self, index: Any) -> Any:
         pixels = self.processor(images=self.images[index], return_tensors="np")["pixel_values"][0]
         return np.asarray(pixels, dtype=np.float32)
 

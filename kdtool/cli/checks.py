@@ -1,0 +1,140 @@
+"""What can be known to be wrong before anything heavy is imported."""
+
+import os
+import re
+from pathlib import Path
+
+from kdtool import benchmarks
+from kdtool.config import RunConfig
+from kdtool.errors import OutputProblem, UsageProblem, nearest
+from kdtool.gates import parse_gates
+from kdtool.registry import EXPORTERS, METHODS, TASKS
+
+MARKER = ".kdtool/run.json"
+"""File by which an output folder is known to hold an unfinished run; the pipeline decides whether it is this one."""
+
+_DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
+_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def check(config: RunConfig) -> None:
+    """Check a configuration for its command.
+
+    Raises:
+        UsageProblem: something is missing, unknown, or does not fit the rest.
+        OutputProblem: the output folder cannot be written.
+    """
+    check_device(config)
+    if config.data.task is not None:
+        TASKS.check(config.data.task)
+    parse_gates(config.eval.fail_under)
+    _check_benchmark(config)
+    kinds = {"distill": _check_distill, "compare": _check_compare, "evaluate": _check_evaluate, "export": _check_export}
+    kinds[config.command](config)
+    if config.command != "compare":  # a comparison goes on in the folder it left
+        check_output(config)
+    _check_push(config)
+
+
+def check_device(config: RunConfig) -> None:
+    """Refuse a device name that cannot be one."""
+    if not _DEVICE.fullmatch(config.runtime.device):
+        raise UsageProblem(f"unknown device '{config.runtime.device}'", hint="one of auto, cpu, cuda, cuda:N, mps")
+
+
+def _check_distill(config: RunConfig) -> None:
+    name = config.method_name
+    if not name:
+        raise UsageProblem("no method given", hint="add --method NAME; see: kdtool methods ls")
+    facts = METHODS.info(name).facts
+    fewest = facts.get("teachers", (1, 1))[0]
+    if config.teacher.model is None and fewest > 0:
+        raise UsageProblem("no teacher given", hint="kdtool distill TEACHER --student MODEL ...")
+    if config.student.model is None:
+        raise UsageProblem("no student given", hint="add --student MODEL, such as a folder, a Hub id or layers:4")
+    if config.data.source is None and config.eval.benchmark is None:
+        raise UsageProblem("no data given", hint="add --data DATA: a Hub id, folder, file or shipped set")
+    tasks = facts.get("tasks", frozenset())
+    if tasks and config.data.task is not None and config.data.task not in tasks:
+        fitting = [other for other in METHODS.names() if config.data.task in METHODS.info(other).facts.get("tasks", ())]
+        hint = f"methods for {config.data.task}: {', '.join(fitting)}" if fitting else "see: kdtool methods ls"
+        raise UsageProblem(
+            f"method '{name}' does not fit task '{config.data.task}'",
+            why=f"it is for {', '.join(sorted(tasks))}",
+            hint=hint,
+        )
+    _need_output(config)
+
+
+def _check_compare(config: RunConfig) -> None:
+    """As for `distill`, for each of several methods."""
+    names = [name.strip() for name in config.method_name.split(",")]
+    for name in names:
+        one = config.model_copy(deep=True)
+        one.method = {"name": name}
+        _check_distill(one)
+
+
+def _check_evaluate(config: RunConfig) -> None:
+    if config.student.model is None:
+        raise UsageProblem("no model given", hint="kdtool evaluate MODEL --data DATA")
+    if config.data.source is None and config.eval.benchmark is None:
+        raise UsageProblem("nothing to evaluate on", hint="add --benchmark NAME or --data DATA")
+
+
+def _check_export(config: RunConfig) -> None:
+    if config.teacher.model is None:
+        raise UsageProblem("no model given", hint="kdtool export MODEL --format NAME -o FOLDER")
+    EXPORTERS.check(config.output.format)
+    _need_output(config)
+
+
+def _check_benchmark(config: RunConfig) -> None:
+    name = config.eval.benchmark
+    if name is not None and name not in benchmarks.names():
+        raise UsageProblem(f"unknown benchmark '{name}'", hint=nearest(name, benchmarks.names()))
+
+
+def _need_output(config: RunConfig) -> None:
+    if config.output.folder is None:
+        raise UsageProblem("no output folder given", hint="add -o FOLDER")
+
+
+def check_output(config: RunConfig) -> None:
+    """Refuse an output folder that holds something else, or an input, or cannot be written."""
+    if config.output.folder is None:
+        return
+    folder = Path(config.output.folder).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise UsageProblem(f"output '{folder}' is a file", hint="give a folder with -o")
+    _check_not_an_input(config, folder)
+    filled = folder.is_dir() and any(folder.iterdir())
+    if filled and not config.output.overwrite and not (folder / MARKER).is_file():
+        raise UsageProblem(f"output folder '{folder}' is not empty", hint="add --overwrite, or give another -o")
+    existing = next((parent for parent in (folder, *folder.absolute().parents) if parent.exists()), None)
+    if existing is not None and not os.access(existing, os.W_OK):
+        raise OutputProblem(f"output folder '{folder}' cannot be written", why=f"no write permission in {existing}")
+
+
+def _check_not_an_input(config: RunConfig, folder: Path) -> None:
+    """Refuse to replace what the run reads, or a folder around it."""
+    target = folder.resolve()
+    for what, given in (
+        ("teacher", config.teacher.model),
+        ("student", config.student.model),
+        ("data", config.data.source),
+    ):
+        source = Path(given).expanduser() if given else None
+        if source is not None and source.exists() and source.resolve().is_relative_to(target):
+            raise UsageProblem(
+                f"output folder '{folder}' holds the {what} '{given}'", hint="give another folder with -o"
+            )
+
+
+def _check_push(config: RunConfig) -> None:
+    if config.output.push is None:
+        return
+    if not _REPO_ID.fullmatch(config.output.push):
+        raise UsageProblem(f"'{config.output.push}' is not a repository id", hint="such as --push owner/name")
+    if config.runtime.offline:
+        raise UsageProblem("--push cannot work with --offline", hint="leave one of them out")
