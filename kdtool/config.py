@@ -115,6 +115,12 @@ class TrainSection(Section):
     """Largest gradient norm; 0 switches clipping off."""
     buckets: bool = True
     """Batch examples of similar length together."""
+    teacher_cache: bool | None = None
+    """Keep what a frozen teacher says about each row (default: when rows are seen again)."""
+    teacher_cache_dir: str | None = None
+    """Folder of a cache to fill and to share between runs (default: inside the unfinished output)."""
+    teacher_cache_limit: int = Field(default=4096, gt=0)
+    """Largest size of a cache in MiB."""
     log_every: int = Field(10, gt=0)
     """Steps between two lines of the log."""
     checkpoint_every: int | None = Field(None, gt=0)
@@ -230,7 +236,7 @@ _Loader.add_implicit_resolver(
 def _no_duplicates(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
     keys: set[Any] = set()
     for key_node, _ in node.value:
-        key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+        key = loader.construct_object(key_node, deep=True)
         if key in keys:
             raise yaml.MarkedYAMLError(problem=f"key '{key}' appears twice", problem_mark=key_node.start_mark)
         keys.add(key)
@@ -322,7 +328,7 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> None:
 def _known_keys(path: Sequence[str | int]) -> list[str]:
     model: Any = RunConfig
     for part in path:
-        field = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
+        field = model.model_fields.get(str(part)) if isinstance(model, type) and issubclass(model, BaseModel) else None
         if field is None:
             return []
         model = field.annotation

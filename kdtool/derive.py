@@ -75,7 +75,7 @@ def _stack(model: nn.Module, depth: int) -> str:
             f"layers:... needs one stack of {depth} layers in the teacher, found {len(outer)}",
             hint="give a student folder or configuration",
         )
-    return outer[0]
+    return str(outer[0])
 
 
 def from_layers(teacher: Loaded, spec: str) -> Loaded:

@@ -6,7 +6,7 @@ from kdtool.cli import options as o
 from kdtool.cli.launch import start
 from kdtool.cli.pages import CONTEXT, Command, examples
 
-SUMMARY = "Train a student to do what a teacher does."
+SUMMARY = "Set several methods side by side, at equal budgets."
 EXAMPLES = examples(
     "kdtool compare ./teacher --student layers:3 --method none,kd --seeds 0,1,2 --data ./reviews -o ./comparison",
     "kdtool compare -c recipe.yaml --method none,kd,logit-mse --set method.kd.temperature=2 -o ./comparison",
@@ -40,6 +40,8 @@ def compare(
     batch_size: o.BatchSize = None,
     grad_accum: o.GradAccum = None,
     lr: o.Lr = None,
+    teacher_cache: o.TeacherCache = None,
+    no_teacher_cache: o.NoTeacherCache = False,
     seeds: o.Seeds = None,
     output: o.Output = None,
     overwrite: o.Overwrite = None,

@@ -19,8 +19,9 @@ LIVE_SECONDS = 0.1
 """Seconds between two redraws of the live bar."""
 
 
-def is_plain(stream: TextIO, environ: Mapping[str, str] = os.environ) -> bool:
+def is_plain(stream: TextIO, environ: Mapping[str, str] | None = None) -> bool:
     """Whether a stream must be written without colours and without moving the cursor."""
+    environ = os.environ if environ is None else environ
     switched_off = bool(environ.get("NO_COLOR")) or bool(environ.get("CI")) or environ.get("TERM") == "dumb"
     return switched_off or not stream.isatty()
 

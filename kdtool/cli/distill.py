@@ -42,6 +42,8 @@ def distill(
     batch_size: o.BatchSize = None,
     grad_accum: o.GradAccum = None,
     lr: o.Lr = None,
+    teacher_cache: o.TeacherCache = None,
+    no_teacher_cache: o.NoTeacherCache = False,
     resume: o.Resume = None,
     seed: o.Seed = None,
     output: o.Output = None,

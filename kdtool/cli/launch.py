@@ -71,6 +71,8 @@ def build_config(command: "Command", values: Mapping[str, Any], context: typer.C
         options["eval.metrics"] = [name.strip() for name in options["eval.metrics"].split(",") if name.strip()]
     if "eval.seeds" in options:
         options["eval.seeds"] = seed_list(options["eval.seeds"])
+    if values.get("no_teacher_cache"):
+        options["train.teacher_cache"] = False
     config = load_config(command, values["config"], overrides, options)
     _pin(config, FIRST_MODEL[command], values.get("revision"), "--revision")
     _pin(config, "student.model", values.get("student_revision"), "--student-revision")
@@ -171,16 +173,13 @@ def show_result(command: str, result: Any, console: Console) -> None:
         if number is not None or result.output is not None:
             console.print(str(result.output) if number is None else f"{number:.6g}")
     else:
-        console.table(result.table)
+        console.table(result.table or result.extra.get("comparison", []))
         for line in result.lines:
             console.print(line)
     if result.gates_missed:
         kept = f"the result is kept in {result.output}" if result.output else None
-        raise QualityProblem(
-            f"missed: {', '.join(result.gates_missed)}",
-            why=kept,
-            hint="train longer, or lower the gates of --fail-under",
-        )
+        hint = "train longer, try another method, or lower --fail-under" if command == "distill" else None
+        raise QualityProblem(f"missed: {', '.join(result.gates_missed)}", why=kept, hint=hint)
 
 
 def main_number(values: Mapping[str, Any]) -> float | None:

@@ -149,6 +149,13 @@ Seed = Annotated[
     _option("--seed", panel=OPTIMISATION, text="Seed of all random generators (default 0).", metavar="N", min=0),
 ]
 
+TeacherCache = Annotated[
+    str | None,
+    _option("--teacher-cache", panel=OPTIMISATION, text="Folder of teacher outputs to fill and share.", metavar="DIR"),
+]
+NoTeacherCache = Annotated[
+    bool, _option("--no-teacher-cache", panel=OPTIMISATION, text="Run the teacher on every batch.")
+]
 Seeds = Annotated[
     str | None,
     _option("--seeds", panel=OPTIMISATION, text="Seeds to run each method with (default 0,1,2).", metavar="N,N,..."),
@@ -237,6 +244,7 @@ KEYS: Mapping[str, str] = {
     "grad_accum": "train.grad_accum",
     "lr": "train.lr",
     "resume": "train.resume",
+    "teacher_cache": "train.teacher_cache_dir",
     "benchmark": "eval.benchmark",
     "metrics": "eval.metrics",
     "fail_under": "eval.fail_under",

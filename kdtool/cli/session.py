@@ -35,8 +35,9 @@ class Session:
     config: "RunConfig | None" = None
 
     @classmethod
-    def begin(cls, argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> "Session":
+    def begin(cls, argv: Sequence[str], environ: Mapping[str, str] | None = None) -> "Session":
         """Start from the raw arguments, so that errors while parsing are reported as asked for."""
+        environ = os.environ if environ is None else environ
         flags = argv[: argv.index("--")] if "--" in argv else argv
         mode: Mode = "json" if "--json" in flags or is_set(environ, "KDTOOL_JSON") else "human"
         debug = is_set(environ, "KDTOOL_DEBUG") or "-vv" in flags or "-vvv" in flags

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from kdtool.models import Loaded
-from kdtool.tasks._base import Batch, Outputs, Task, view_of
+from kdtool.tasks._base import ROWS, Batch, Outputs, Task, view_of
+from kdtool.teacher_cache import TeacherCache
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,7 @@ class Stage:
 
     name: str = "train"
     share: float = 1.0
-    trains: Callable[[str], bool] = field(default=lambda name: True)
+    trains: Callable[[str], bool] = field(default=lambda _: True)
 
 
 class Method(nn.Module):
@@ -53,8 +54,12 @@ class Method(nn.Module):
     tasks: ClassVar[frozenset[str]] = frozenset()
     teachers: ClassVar[tuple[int, int]] = (1, 1)
     """Fewest and most teachers."""
+    reads_teacher: ClassVar[bool] = True
+    """False if the loss never asks the teacher, or trains it."""
     batchwise: ClassVar[bool] = False
     """True if the loss couples the samples of a batch."""
+    golden: ClassVar[str] = ""
+    """Why no golden test names the method; empty where one does (tests/contract asks for either)."""
 
     def __init__(self, config: Any, student: Loaded, teachers: Sequence[Loaded], task: Task) -> None:
         super().__init__()
@@ -63,6 +68,7 @@ class Method(nn.Module):
         self.student = student.model
         self.student_loaded = student
         self.teacher_list: list[Loaded] = list(teachers)
+        self.caches: dict[int, TeacherCache] = {}
         for teacher in self.teacher_list:
             teacher.model.eval().requires_grad_(False)
 
@@ -72,7 +78,12 @@ class Method(nn.Module):
 
     @torch.no_grad()
     def teach(self, batch: Batch, index: int = 0) -> Outputs:
-        """Outputs of a frozen teacher, detached."""
+        """Outputs of a frozen teacher, detached; from its cache where there is one.
+
+        Cached outputs carry no labels.
+        """
+        if index in self.caches and ROWS in batch:
+            return Outputs(self.caches[index].get(batch[ROWS]), None)
         return self.task.forward(self.teacher_list[index].model, view_of(batch, index))
 
     def step(self, batch: Batch, progress: float) -> Losses:

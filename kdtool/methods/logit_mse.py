@@ -30,6 +30,7 @@ class Method(_base.Method):
     tasks: ClassVar[frozenset[str]] = frozenset(
         {"text-classification", "image-classification", "audio-classification", "causal-lm"}
     )
+    golden: ClassVar[str] = "no published code to record: checked against its formula in tests/test_divergences.py"
 
     def step(self, batch: Batch, progress: float) -> _base.Losses:
         """Weighted sum of label and teacher terms."""

@@ -25,6 +25,8 @@ class Method(_base.Method):
         {"text-classification", "image-classification", "audio-classification", "causal-lm"}
     )
     teachers: ClassVar[tuple[int, int]] = (0, 1)
+    reads_teacher: ClassVar[bool] = False
+    golden: ClassVar[str] = "plain cross-entropy: checked against torch in tests/test_divergences.py"
 
     def step(self, batch: Batch, progress: float) -> _base.Losses:
         """Cross-entropy with the labels."""

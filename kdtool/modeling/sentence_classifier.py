@@ -81,7 +81,8 @@ class SentenceClassifier(PreTrainedModel):
         pooled = mean_pool(states, attention_mask)
         if self.config.normalize:
             pooled = functional.normalize(pooled, dim=-1)
-        return pooled * self.config.logit_scale
+        scaled: Tensor = pooled * self.config.logit_scale
+        return scaled
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **inputs: Any

@@ -137,7 +137,7 @@ def summarise(found: dict[str, list[dict[str, Any]]]) -> tuple[Table, dict[str, 
 
 def _per_step(manifests: Sequence[dict[str, Any]]) -> float:
     """Median over seeds of the training time of a step, in seconds."""
-    return statistics.median(m["train_seconds"] / m["steps"] for m in manifests)
+    return float(statistics.median(m["train_seconds"] / m["steps"] for m in manifests))
 
 
 def _best(summary: dict[str, Any]) -> str:

@@ -22,12 +22,16 @@ from kdtool.report import write_manifest, write_report
 from kdtool.run import Run
 from kdtool.saving import save_model
 from kdtool.tasks._base import Task
+from kdtool.teacher_cache import TeacherCache, fingerprint
 from kdtool.train.loop import History, Trainer
 from kdtool.train.state import seed_everything
 from kdtool.verify import reload_check
 from kdtool.writing import typed
 
 _PROBE_ROWS = 8
+
+_WORTH = 1.25
+"""Epochs from which a teacher cache pays: its chunks are computed whole."""
 
 
 @dataclass(slots=True)
@@ -77,6 +81,32 @@ def get_ready(config: RunConfig, run: Run) -> Ready:
     settings = METHODS.build_config(config.method_name, config.method_values)
     method = METHODS.get(config.method_name)(settings, student, [teacher] if teacher else [], task)
     return Ready(task, data, encoded, teacher, student, method)
+
+
+def attach_cache(trainer: Trainer, ready: Ready, config: RunConfig, run: Run, default: Path) -> None:
+    """Let the method read its frozen teacher from a cache, where asked for or worth it.
+
+    Raises:
+        ConfigProblem, UsageProblem: the cache belongs to another run, or is too large.
+    """
+    train = config.train
+    wanted = train.teacher_cache if train.teacher_cache is not None else train.teacher_cache_dir is not None or None
+    seen_again = trainer.plan.steps * train.grad_accum > _WORTH * trainer.plan.per_epoch
+    if ready.teacher is None or not ready.method.reads_teacher or wanted is False or not (wanted or seen_again):
+        return
+    folder = Path(train.teacher_cache_dir).expanduser() if train.teacher_cache_dir else default
+    data = trainer.plan.data
+    marks = fingerprint(ready.teacher, data, run, setup.processor_key(ready.teacher.processor))
+    limit = train.teacher_cache_limit * 2**20
+    try:
+        cache = TeacherCache(folder, ready.task, ready.teacher, data, run, 0, marks, limit)
+    except UsageProblem as problem:
+        if wanted:
+            raise
+        run.reporter.info(f"no teacher cache: {problem.message}")
+        return
+    ready.method.caches[0] = cache
+    run.reporter.info(f"teacher cache: {cache.share:.0%} of {len(data)} rows are there")
 
 
 def rehearse(trainer: Trainer) -> None:
@@ -130,6 +160,7 @@ def distill(config: RunConfig, run: Run | None = None) -> Result:
             setup.is_head_of(ready.student.model),
             output.checkpoints,
         )
+        attach_cache(trainer, ready, config, run, output.work / "teacher-cache")
         rehearse(trainer)
         run.reporter.info(
             f"training {ready.student.parameters:,} parameters for {trainer.plan.steps} steps ({config.method_name})"

@@ -82,7 +82,7 @@ def _layers(spec: str, shape: Any, teacher: int, result: dict[str, Any]) -> int:
     depth, stack = depth_of(model_config, model)
     chosen = layer_indices(spec, depth)
     each = sum(p.numel() for p in model.get_submodule(stack)[0].parameters())
-    student = teacher - (depth - len(chosen)) * each
+    student: int = teacher - (depth - len(chosen)) * each
     result["student"] = {"name": spec, "layers": chosen, "parameters": student}
     return student
 

@@ -194,8 +194,9 @@ def relabel(data: DataSplits, loaded: Loaded, config: RunConfig, run: Run) -> No
 
 def name_classes(loaded: Loaded, labels: Sequence[str]) -> None:
     """Write class names into a model's configuration."""
-    loaded.model.config.id2label = dict(enumerate(labels))
-    loaded.model.config.label2id = {name: i for i, name in enumerate(labels)}
+    model_config: Any = loaded.model.config
+    model_config.id2label = dict(enumerate(labels))
+    model_config.label2id = {name: i for i, name in enumerate(labels)}
 
 
 def load_teacher(config: RunConfig, task: Task, data: DataSplits, run: Run) -> Loaded:
@@ -292,10 +293,9 @@ def _freeze(student: Loaded, patterns: Sequence[str]) -> None:
     Raises:
         ConfigProblem: a pattern names nothing.
     """
-    embeddings = {id(p) for n, p in student.model.named_parameters() if "embeddings." in n}
-    embeddings |= (
-        {id(p) for p in student.model.get_input_embeddings().parameters()} if embeddings or patterns else set()
-    )
+    model: Any = student.model
+    embeddings = {id(p) for n, p in model.named_parameters() if "embeddings." in n}
+    embeddings |= {id(p) for p in model.get_input_embeddings().parameters()} if embeddings or patterns else set()
     for pattern in patterns:
         hit = False
         for name, parameter in student.model.named_parameters():

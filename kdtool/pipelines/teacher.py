@@ -152,10 +152,10 @@ def fit_head(task: Task, teacher: Loaded, rows: Examples, run: Run) -> None:
         solver.zero_grad()
         loss = functional.cross_entropy(functional.linear(features, head.weight, head.bias), labels)
         loss = loss + _RIDGE * head.weight.square().sum()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
-    solver.step(objective)
+    solver.step(objective)  # type: ignore[no-untyped-call]
     model.zero_grad(set_to_none=True)
     teacher.facts["new_weights"] = []
 

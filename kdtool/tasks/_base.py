@@ -15,6 +15,12 @@ from kdtool.run import Run
 
 Batch = dict[str, Tensor]
 
+LABELS = "labels"
+"""Batch key of the class ids."""
+
+ROWS = "cache.rows"
+"""Batch key of the numbers of the batch's rows in the training data, where a teacher cache is used."""
+
 TEACHER_PREFIX = "teacher"
 """Batch keys `teacher0.input_ids` hold inputs made by the processor of teacher 0."""
 

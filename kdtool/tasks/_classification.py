@@ -11,9 +11,7 @@ from kdtool.data.batching import ordered_batches
 from kdtool.data.examples import Examples
 from kdtool.metrics import score
 from kdtool.run import Run
-from kdtool.tasks._base import Batch, Evaluation, Outputs, Task, to_device, view_of
-
-LABELS = "labels"
+from kdtool.tasks._base import LABELS, Batch, Evaluation, Outputs, Task, to_device, view_of
 
 
 class ClassificationTask(Task):

@@ -23,7 +23,7 @@ def longest(loaded: Loaded, wanted: int | None, default: int = _DEFAULT_LONGEST)
     limits = []
     if loaded.processor.model_max_length < _UNBOUNDED:
         limits.append(int(loaded.processor.model_max_length))
-    config = loaded.model.config
+    config: Any = loaded.model.config
     config = getattr(config, "backbone_config", None) or config
     positions = getattr(config, "max_position_embeddings", None)
     if positions:

@@ -10,8 +10,8 @@ from kdtool.data.examples import Examples
 from kdtool.errors import UsageProblem
 from kdtool.models import Loaded
 from kdtool.run import Run
-from kdtool.tasks._base import Batch
-from kdtool.tasks._classification import LABELS, ClassificationTask
+from kdtool.tasks._base import LABELS, Batch
+from kdtool.tasks._classification import ClassificationTask
 
 _SECONDS = 10
 """Longest recording by default; longer ones are cut."""

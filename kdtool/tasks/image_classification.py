@@ -10,8 +10,8 @@ from kdtool.config import RunConfig
 from kdtool.data.examples import Examples, LazyColumn
 from kdtool.models import Loaded
 from kdtool.run import Run
-from kdtool.tasks._base import Batch
-from kdtool.tasks._classification import LABELS, ClassificationTask
+from kdtool.tasks._base import LABELS, Batch
+from kdtool.tasks._classification import ClassificationTask
 
 _IN_MEMORY = 2 * 2**30
 """Processed images up to this many bytes are kept; larger sets are processed again in each epoch."""
@@ -29,7 +29,10 @@ class _Processed(LazyColumn):
 
     def take(self, indices: Sequence[int] | np.ndarray) -> Self:
         """The rows at `indices`; nothing is decoded."""
-        images = self.images.take(indices) if isinstance(self.images, LazyColumn) else [self.images[i] for i in indices]
+        chosen: Any = indices
+        images: Any = (
+            self.images.take(chosen) if isinstance(self.images, LazyColumn) else [self.images[i] for i in chosen]
+        )
         return type(self)(images, self.processor)
 
     def __getitem__(self, index: Any) -> Any:

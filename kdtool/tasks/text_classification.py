@@ -9,8 +9,8 @@ from kdtool.config import RunConfig
 from kdtool.data.examples import Examples
 from kdtool.models import Loaded
 from kdtool.run import Run
-from kdtool.tasks._base import Batch
-from kdtool.tasks._classification import LABELS, ClassificationTask
+from kdtool.tasks._base import LABELS, Batch
+from kdtool.tasks._classification import ClassificationTask
 from kdtool.tasks._text import longest, pad, padding_id
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +24,7 @@ from kdtool.data.batching import epoch_batches
 from kdtool.data.examples import Examples
 from kdtool.errors import Interrupted, TrainingProblem
 from kdtool.run import Run
-from kdtool.tasks._base import Batch, to_device
+from kdtool.tasks._base import ROWS, Batch, to_device
 from kdtool.train import checkpoint, state
 from kdtool.train.optim import build_optimizer, parameter_groups
 from kdtool.train.schedule import factor
@@ -95,8 +96,8 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
     try:
         yield lambda: bool(asked)
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for caught, handler in previous.items():
+            signal.signal(caught, handler)
 
 
 class Trainer:
@@ -201,7 +202,10 @@ class Trainer:
     def load(self, rows: Any) -> Batch:
         """Collated rows on the device."""
         data = self.plan.data
-        return to_device(self.method.task.collate([data[int(i)] for i in rows]), self.run.device)
+        batch = self.method.task.collate([data[int(i)] for i in rows])
+        if self.method.caches:
+            batch[ROWS] = torch.as_tensor(np.asarray(rows))
+        return to_device(batch, self.run.device)
 
     def _step(self, optimizer: torch.optim.Optimizer, step: int, first: int, last: int) -> None:
         """One optimiser step over all its micro-batches."""
