@@ -20,7 +20,7 @@ _IN_MEMORY = 2 * 2**30
 class _Processed(LazyColumn):
     """Images run through an image processor on access."""
 
-    def __init__(self, images: Sequence[Any], processor: Any) -> None:
+    def __init__(self, images: Any, processor: Any) -> None:
         self.images = images
         self.processor = processor
 
@@ -29,11 +29,9 @@ class _Processed(LazyColumn):
 
     def take(self, indices: Sequence[int] | np.ndarray) -> Self:
         """The rows at `indices`; nothing is decoded."""
-        chosen: Any = indices
-        images: Any = (
-            self.images.take(chosen) if isinstance(self.images, LazyColumn) else [self.images[i] for i in chosen]
-        )
-        return type(self)(images, self.processor)
+        images: Any = self.images
+        taken = images.take(indices) if isinstance(images, LazyColumn) else [images[i] for i in indices]
+        return type(self)(taken, self.processor)
 
     def __getitem__(self, index: Any) -> Any:
         pixels = self.processor(images=self.images[index], return_tensors="np")["pixel_values"][0]
