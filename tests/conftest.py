@@ -1,0 +1,84 @@
+"""One thread, no network, and the tiny models and data that many tests share."""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: its pool of threads is made once
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import socket
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+_LOCAL = {"127.0.0.1", "::1", "localhost"}
+_connect = socket.socket.connect
+
+
+def _refuse(self: socket.socket, address: object) -> None:
+    host = address[0] if isinstance(address, tuple) else None
+    if self.family != socket.AF_UNIX and host not in _LOCAL:
+        raise RuntimeError(f"a test asks the network: {address}")
+    _connect(self, address)
+
+
+socket.socket.connect = _refuse  # type: ignore[method-assign]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Sums of one thread are the same on every machine."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`models(NAME)`: the folder of a tiny model, made once; tests must not write into it.
+
+    Names: bert, bert-small, bert-permuted, vit, vit-small, resnet, wav2vec, wav2vec-small, llama, llama-small.
+    """
+    from tests import tiny
+
+    root = tmp_path_factory.mktemp("models")
+    makers: dict[str, Callable[[Path], Path]] = {
+        "bert": tiny.bert,
+        "bert-small": lambda folder: tiny.bert(folder, layers=2, seed=2),
+        "bert-permuted": lambda folder: tiny.bert(folder, layers=2, labels=["so so", "bad", "good"], seed=3),
+        "vit": tiny.vit,
+        "vit-small": lambda folder: tiny.vit(folder, layers=2, seed=2),
+        "resnet": tiny.resnet,
+        "wav2vec": tiny.wav2vec,
+        "wav2vec-small": lambda folder: tiny.wav2vec(folder, layers=1, seed=2),
+        "llama": tiny.llama,
+        "llama-small": lambda folder: tiny.llama(folder, layers=2, seed=2),
+    }
+
+    @cache
+    def make(name: str) -> Path:
+        return makers[name](root / name)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`data(NAME)`: a tiny data folder, made once: text, pairs, images, audio, plain."""
+    from tests import tiny
+
+    root = tmp_path_factory.mktemp("data")
+    makers: dict[str, Callable[[Path], Path]] = {
+        "text": tiny.text_data,
+        "pairs": lambda folder: tiny.text_data(folder, pairs=True),
+        "images": tiny.image_data,
+        "audio": tiny.audio_data,
+        "plain": tiny.plain_text,
+    }
+
+    @cache
+    def make(name: str) -> Path:
+        return makers[name](root / name)
+
+    return make
