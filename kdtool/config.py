@@ -113,6 +113,8 @@ class TrainSection(Section):
     """Course of the learning rate after warm-up."""
     clip: float = Field(1.0, ge=0)
     """Largest gradient norm; 0 switches clipping off."""
+    parallel: Literal["ddp", "fsdp2"] = "ddp"
+    """With several processes: whole student in each, or its parameters sharded over them."""
     buckets: bool = True
     """Batch examples of similar length together."""
     teacher_cache: bool | None = None

@@ -41,6 +41,8 @@ class Run:
         device: Device of models and batches, such as `cpu` or `cuda:0`.
         dtype: Autocast format, or None for float32 throughout.
         output: The output folder, or None when nothing is saved.
+        rank: Number of this process among its peers.
+        world: Number of processes.
         reporter: Where messages go.
         provenance: What was used: ids, revisions, hashes; ends up in the manifest.
     """
@@ -50,6 +52,8 @@ class Run:
     dtype: str | None = None
     output: Path | None = None
     reporter: Reporter = field(default_factory=Silent)
+    rank: int = 0
+    world: int = 1
     offline: bool = False
     cache_dir: str | None = None
     trust_remote_code: bool = False

@@ -44,6 +44,8 @@ def distill(
     lr: o.Lr = None,
     teacher_cache: o.TeacherCache = None,
     no_teacher_cache: o.NoTeacherCache = False,
+    launcher: o.Launcher = None,
+    nproc: o.Nproc = 1,
     resume: o.Resume = None,
     seed: o.Seed = None,
     output: o.Output = None,

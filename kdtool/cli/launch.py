@@ -35,6 +35,10 @@ def start(command: "Command", values: Mapping[str, Any]) -> None:
     from kdtool.cli.checks import check
 
     check(config)
+    if values.get("launcher") and values["nproc"] > 1 and not values["dry_run"] and "RANK" not in os.environ:
+        from kdtool.cli.torchrun import relaunch
+
+        relaunch(session.argv, values["nproc"])
     prepare_environment(config, console.verbosity, values.get("token"))
     # Libraries that print to standard output must not break --json.
     with contextlib.redirect_stdout(sys.stderr):

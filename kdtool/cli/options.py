@@ -149,6 +149,13 @@ Seed = Annotated[
     _option("--seed", panel=OPTIMISATION, text="Seed of all random generators (default 0).", metavar="N", min=0),
 ]
 
+Launcher = Annotated[
+    Literal["torchrun"] | None,
+    _option("--launcher", panel=OPTIMISATION, text="Start several processes of this command through torchrun."),
+]
+Nproc = Annotated[
+    int, _option("--nproc", panel=OPTIMISATION, text="Processes that --launcher starts.", metavar="N", min=1)
+]
 TeacherCache = Annotated[
     str | None,
     _option("--teacher-cache", panel=OPTIMISATION, text="Folder of teacher outputs to fill and share.", metavar="DIR"),

@@ -154,8 +154,9 @@ def _write(
     lines = [
         f"# Methods compared: `{config.teacher.model}` to `{config.student.model}` on `{config.data.source}`",
         "",
-        f"Seeds {', '.join(map(str, seeds))}; mean \u00b1 standard deviation over seeds. Every method had the same teacher,",
-        "student, data, steps and learning rate. `ms/step vs first` is the training time of a step relative to the first method.",
+        f"Seeds {', '.join(map(str, seeds))}; mean \u00b1 standard deviation over seeds. Every method had the same",
+        "teacher, student, data, steps and learning rate. `ms/step vs first` is the training time of a step",
+        "relative to the first method.",
         "",
         markdown_table(table),
         "",

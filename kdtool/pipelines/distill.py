@@ -23,6 +23,7 @@ from kdtool.run import Run
 from kdtool.saving import save_model
 from kdtool.tasks._base import Task
 from kdtool.teacher_cache import TeacherCache, fingerprint
+from kdtool.train import parallel
 from kdtool.train.loop import History, Trainer
 from kdtool.train.state import seed_everything
 from kdtool.verify import reload_check
@@ -52,7 +53,6 @@ def get_ready(config: RunConfig, run: Run) -> Ready:
     Raises:
         KdtoolError: anything that does not fit, before any work is done.
     """
-    setup.begin(config, run)
     setup.apply_benchmark(config)
     task = setup.pick_task(config, config.teacher.model or config.student.model, run)
     facts = METHODS.info(config.method_name).facts
@@ -99,7 +99,8 @@ def attach_cache(trainer: Trainer, ready: Ready, config: RunConfig, run: Run, de
     marks = fingerprint(ready.teacher, data, run, setup.processor_key(ready.teacher.processor))
     limit = train.teacher_cache_limit * 2**20
     try:
-        cache = TeacherCache(folder, ready.task, ready.teacher, data, run, 0, marks, limit)
+        with parallel.first_alone(run):
+            cache = TeacherCache(folder, ready.task, ready.teacher, data, run, 0, marks, limit)
     except UsageProblem as problem:
         if wanted:
             raise
@@ -149,7 +150,9 @@ def distill(config: RunConfig, run: Run | None = None) -> Result:
     asked = config.model_copy(deep=True)
     if config.output.folder is None:
         raise UsageProblem("no output folder given", hint="add -o FOLDER")
-    output = Output(Path(config.output.folder).expanduser(), asked)
+    setup.begin(config, run)
+    with parallel.first_alone(run):
+        output = Output(Path(config.output.folder).expanduser(), asked, run.rank == 0)
     try:
         ready = get_ready(config, run)
         trainer = Trainer(
@@ -166,16 +169,20 @@ def distill(config: RunConfig, run: Run | None = None) -> Result:
             f"training {ready.student.parameters:,} parameters for {trainer.plan.steps} steps ({config.method_name})"
         )
         history = trainer.train()
-        proof = _finish(ready, history, config, run, output, began)
+        ready.student.model = parallel.gathered(ready.method.finish())
+        proof = _finish(ready, history, config, run, output, began) if run.rank == 0 else None
+        parallel.wait(run)
     except BaseException:
         output.release()
         raise
+    finally:
+        parallel.leave(run)
     extra = {"task": ready.task.name, "method": config.method_name, "samples_per_second": _rate(history)}
     result = Result("distill", output.folder, proof, time.perf_counter() - began, history.steps, extra)
     result.extra["next"] = (
         f"kdtool export {output.folder} --format safetensors --set output.dtype=float16 -o {output.folder}-fp16"
     )
-    if not proof.reload.get("passed", True):
+    if proof is not None and not proof.reload.get("passed", True):
         raise QualityProblem(
             f"the student in {output.folder} does not reproduce its outputs after reloading",
             why=f"largest difference {proof.reload['max_abs_diff']:.2e}",
@@ -191,7 +198,6 @@ def _finish(ready: Ready, history: History, config: RunConfig, run: Run, output:
     """Save, reload, measure, document, and move everything into place."""
     task, staging = ready.task, output.staging
     student = ready.student
-    student.model = ready.method.finish()
     save_model(student, staging, config.output)
     probe = task.example_inputs(ready.encoded.test, min(_PROBE_ROWS, len(ready.encoded.test)))
     reload: dict[str, Any] = {}

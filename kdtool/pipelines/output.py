@@ -34,18 +34,25 @@ class Output:
     Args:
         folder: Where the result goes; made if absent.
         config: The run's configuration; its fingerprint tells resumable runs from others.
+        writer: False for a process that leaves the folder to another one.
 
     Raises:
         UsageProblem: the folder is in use.
         OutputProblem: it cannot be written.
     """
 
-    def __init__(self, folder: Path, config: RunConfig) -> None:
+    def __init__(self, folder: Path, config: RunConfig, writer: bool = True) -> None:
         self.folder = folder
         self.work = folder / WORK
         self.staging = self.work / "staging"
         self.checkpoints = self.work / "checkpoints"
         self.mark = fingerprint(config)
+        self.writer = writer
+        if writer:
+            self._begin(config)
+
+    def _begin(self, config: RunConfig) -> None:
+        folder = self.folder
         if folder.exists() and not folder.is_dir():
             raise UsageProblem(f"output '{folder}' is a file", hint="name a folder with -o")
         claim = self._claim()
@@ -56,7 +63,6 @@ class Output:
         if not same or not config.train.resume:
             self._refuse_in_use(config)
             shutil.rmtree(self.work, ignore_errors=True)
-        self.resuming = same and config.train.resume
         shutil.rmtree(self.staging, ignore_errors=True)
         try:
             self.staging.mkdir(parents=True)
@@ -108,7 +114,7 @@ class Output:
 
     def release(self) -> None:
         """Give up a claim that has nothing worth keeping."""
-        if self.work.exists() and not any(self.checkpoints.glob("step-*")):
+        if self.writer and self.work.exists() and not any(self.checkpoints.glob("step-*")):
             shutil.rmtree(self.work, ignore_errors=True)
             if self.folder.exists() and not any(self.folder.iterdir()):
                 self.folder.rmdir()

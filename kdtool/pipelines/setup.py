@@ -30,6 +30,7 @@ from kdtool.models import (
 from kdtool.registry import TASKS
 from kdtool.run import Reporter, Run, Silent
 from kdtool.tasks._base import TEACHER_PREFIX, Task
+from kdtool.train import parallel
 from kdtool.train.state import seed_everything
 
 _TASK_OF_AUTO = {
@@ -87,6 +88,7 @@ def begin(config: RunConfig, run: Run) -> None:
     """Set what holds for the whole process: seeds, threads."""
     if config.runtime.threads:
         torch.set_num_threads(config.runtime.threads)
+    parallel.join(run)
     seed_everything(run.seed)
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from kdtool.registry import METHODS
 from kdtool.run import Run
 from kdtool.saving import save_model
 from kdtool.tasks._base import Task, to_device
+from kdtool.train import parallel
 from kdtool.train.checkpoint import file_hash
 from kdtool.train.loop import Trainer
 
@@ -75,7 +77,19 @@ def fine_tuned(config: RunConfig, task: Task, teacher: Loaded, data: DataSplits,
         )
     folder = cache_folder() / "teachers" / _fingerprint(config, teacher, data, run)
     run.provenance["teacher_fine_tuned"] = {"fingerprint": folder.name, "settings": config.teacher.model_dump()}
+    with parallel.first_alone(run):
+        _make(config, task, teacher, data, replace(run, world=1), folder)
+    tuned = load_model(str(folder), task.auto_class, run, "teacher")
+    tuned.ref, tuned.folder = f"{teacher.ref} (fine-tuned)", folder
+    tuned.revision = teacher.revision
+    load_processor(tuned, task, run, teacher)
+    return tuned
+
+
+def _make(config: RunConfig, task: Task, teacher: Loaded, data: DataSplits, run: Run, folder: Path) -> None:
+    """Fill the cache folder unless it is there."""
     if not (folder / "config.json").is_file():
+        assert data.train is not None
         rows = encode(
             task, DataSplits(data.train, None, data.train, data.labels, data.roles), teacher, None, config, run
         ).train
@@ -88,11 +102,6 @@ def fine_tuned(config: RunConfig, task: Task, teacher: Loaded, data: DataSplits,
         _keep(teacher, folder)
     else:
         run.reporter.info("the fine-tuned teacher is taken from the cache")
-    tuned = load_model(str(folder), task.auto_class, run, "teacher")
-    tuned.ref, tuned.folder = f"{teacher.ref} (fine-tuned)", folder
-    tuned.revision = teacher.revision
-    load_processor(tuned, task, run, teacher)
-    return tuned
 
 
 def _keep(teacher: Loaded, folder: Path) -> None:

@@ -71,6 +71,13 @@ def hashes(folder: Path) -> dict[str, dict[str, Any]]:
     return dict(sorted(found.items()))
 
 
+def _repeatable(config: RunConfig) -> dict[str, Any]:
+    """The configuration as it should be fed back: without leave to replace a folder."""
+    values = config.model_dump(mode="json")
+    values["output"]["overwrite"] = False
+    return values
+
+
 def write_manifest(
     folder: Path,
     config: RunConfig,
@@ -96,7 +103,7 @@ def write_manifest(
     fixed = {
         "kdtool": kdtool.__version__,
         "command": typed(command_line),
-        "config": config.model_dump(mode="json"),
+        "config": _repeatable(config),
         "provenance": run.provenance,
         "environment": environment(),
         "seed": run.seed,

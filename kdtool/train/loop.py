@@ -25,7 +25,7 @@ from kdtool.data.examples import Examples
 from kdtool.errors import Interrupted, TrainingProblem
 from kdtool.run import Run
 from kdtool.tasks._base import ROWS, Batch, to_device
-from kdtool.train import checkpoint, state
+from kdtool.train import checkpoint, parallel, state
 from kdtool.train.optim import build_optimizer, parameter_groups
 from kdtool.train.schedule import factor
 
@@ -52,24 +52,25 @@ class History:
 class Plan:
     """Which rows belong to which step: a pure function of data, configuration and seed."""
 
-    def __init__(self, data: Examples, config: TrainSection, seed: int) -> None:
+    def __init__(self, data: Examples, config: TrainSection, seed: int, world: int = 1) -> None:
         self.data = data
         self.config = config
         self.seed = seed
-        self.per_epoch = math.ceil(len(data) / config.batch_size)
+        self.size = config.batch_size * world
+        self.per_epoch = math.ceil(len(data) / self.size)
         whole = max(1, math.ceil(config.epochs * self.per_epoch / config.grad_accum))
         self.steps = config.max_steps or whole
         self._epoch = -1
         self._batches: list[Any] = []
 
     def rows(self, step: int, micro: int) -> Any:
-        """Row numbers of micro-batch `micro` of step `step`."""
+        """Row numbers of micro-batch `micro` of step `step`, over all processes."""
         epoch, position = divmod(step * self.config.grad_accum + micro, self.per_epoch)
         if epoch != self._epoch:
             self._batches = epoch_batches(
                 self.data.lengths,
                 len(self.data),
-                self.config.batch_size,
+                self.size,
                 seed=self.seed,
                 epoch=epoch,
                 buckets=self.config.buckets,
@@ -123,9 +124,11 @@ class Trainer:
     ) -> None:
         assert config.lr is not None
         self.method = method.to(run.device)
+        if run.world > 1 and config.parallel == "fsdp2":
+            parallel.shard(method.student, run)
         for teacher in method.teacher_list:
             teacher.model.to(run.device)
-        self.plan = Plan(data, config, run.seed)
+        self.plan = Plan(data, config, run.seed, run.world)
         self.config = config
         self.run = run
         self.folder = folder
@@ -146,9 +149,12 @@ class Trainer:
         found = checkpoint.newest(self.folder) if self.folder and self.config.resume else None
         start = int(found[1]["step"]) if found else 0
         if found:
-            self.method.load_state_dict({k[7:]: v for k, v in found[0].items() if k.startswith("method.")})
+            for name, value in self.method.state_dict().items():
+                parallel.fill(value, found[0][f"method.{name}"])
             self.history = History(**found[1]["history"])
             self.run.reporter.info(f"resuming after step {start} of {self.plan.steps}")
+        elif self.run.rank:
+            state.seed_everything(self.run.seed + self.run.rank)  # dropout must differ between processes
         stages = list(self.method.stages())
         ends = self._ends([stage.share for stage in stages])
         began = time.perf_counter() - self.history.seconds
@@ -160,13 +166,23 @@ class Trainer:
                 if found and start > first:
                     state.restore_optimizer(optimizer, found[0])
                 if found:
-                    state.restore_generators(found[0], found[1]["generators"])
+                    self._restore_generators(found)
                     found = None
                 for step in range(max(first, start), last):
                     self._step(optimizer, step, first, last)
                     self._after(stage.name, optimizer, step + 1, began, stop)
         self.method.eval()
         return self.history
+
+    def _restore_generators(self, found: tuple[dict[str, Tensor], dict[str, Any]]) -> None:
+        """Put this process's generators back; another number of processes starts them anew."""
+        saved = found[1]["generators"]
+        if len(saved) == self.run.world:
+            prefix = f"rank{self.run.rank}."
+            own = {name.removeprefix(prefix): t for name, t in found[0].items() if name.startswith(prefix)}
+            state.restore_generators(own, saved[self.run.rank])
+        else:
+            self.run.reporter.warn(f"the checkpoint is of {len(saved)} processes: random generators start anew")
 
     def _ends(self, shares: Sequence[float]) -> list[int]:
         """Last step of each stage; shares are taken relative to their sum."""
@@ -215,17 +231,25 @@ class Trainer:
         progress = step / self.plan.steps
         count: Tensor | float = 0.0
         for micro in range(self.config.grad_accum):
-            rows = self.plan.rows(step, micro)
-            batch = self.load(rows)
+            everyone = self.plan.rows(step, micro)
+            rows = everyone[self.run.rank :: self.run.world]
+            # a process without rows still runs, since sharded models need all processes in a forward pass
+            idle = len(rows) == 0
+            batch = self.load(everyone[:1] if idle else rows)
             with self._autocast():
                 losses = self.method(batch, progress)
-            self.scaler.scale(losses.total).backward()
+            self.scaler.scale(losses.total * 0 if idle else losses.total).backward()
+            self.history.samples += len(everyone)
+            if idle:
+                continue
             count = count + losses.count
-            self.history.samples += len(rows)
             self._note("loss", losses.total.detach())
             for name, value in losses.parts.items():
                 self._note(name, value.detach())
         self._pending_count = self._pending_count + count
+        if self.run.world > 1:
+            parallel.sum_gradients(self.run, self.parameters)
+            count = parallel.sum_over(self.run, torch.as_tensor(count, dtype=torch.float64, device=self.run.device))
         self.scaler.unscale_(optimizer)
         self._divide_and_clip(count)
         self.scaler.step(optimizer)
@@ -241,7 +265,7 @@ class Trainer:
         divisor = torch.as_tensor(count, dtype=torch.float32, device=self.run.device).clamp_min(1)
         scale = 1.0 / divisor
         if self.config.clip:
-            norm = torch.nn.utils.get_total_norm(grads) * scale
+            norm = parallel.whole(torch.nn.utils.get_total_norm(grads)) * scale
             scale = scale * (self.config.clip / (norm + 1e-6)).clamp_max(1.0)
         torch._foreach_mul_(grads, scale)
 
@@ -253,7 +277,11 @@ class Trainer:
         ended = done == self.plan.steps
         if done % self.config.log_every == 0 or ended or done == 1:
             self._log(stage, optimizer, done)
-        stopping = stop() and not ended
+        asked = stop()
+        if self.run.world > 1:
+            # all processes must stop after the same step
+            asked = bool(parallel.sum_over(self.run, torch.tensor(float(asked), device=self.run.device)))
+        stopping = asked and not ended
         if self.folder and not ended and (stopping or done % self.every == 0):
             self.history.seconds = time.perf_counter() - began
             self._save(optimizer, done)
@@ -266,9 +294,10 @@ class Trainer:
             )
 
     def _log(self, stage: str, optimizer: torch.optim.Optimizer, done: int) -> None:
-        count = float(self._pending_count) or 1.0
-        means = {name: float(value) / count for name, value in self._pending.items()}
-        self._pending, self._pending_count = {}, 0.0
+        sums = torch.tensor([float(self._pending_count), *map(float, self._pending.values())], dtype=torch.float64)
+        count, *totals = parallel.sum_over(self.run, sums.to(self.run.device)).tolist()
+        means = {name: total / (count or 1.0) for name, total in zip(self._pending, totals, strict=True)}
+        self._pending, self._pending_count = dict.fromkeys(self._pending, torch.zeros(())), 0.0
         if not math.isfinite(means["loss"]):
             raise TrainingProblem(
                 f"the loss is {means['loss']} at step {done}",
@@ -280,13 +309,13 @@ class Trainer:
 
     def _save(self, optimizer: torch.optim.Optimizer, done: int) -> None:
         assert self.folder is not None
-        tensors = {f"method.{name}": value for name, value in self.method.state_dict().items()}
-        tensors |= state.optimizer_tensors(optimizer)
-        generator_tensors, generator_state = state.generators()
+        tensors = {f"method.{name}": parallel.whole(value) for name, value in self.method.state_dict().items()}
+        tensors |= {name: parallel.whole(value) for name, value in state.optimizer_tensors(optimizer).items()}
+        generators = parallel.gather_objects(self.run, state.generators())
+        for rank, (generator_tensors, _) in enumerate(generators):
+            tensors |= {f"rank{rank}.{name}": value for name, value in generator_tensors.items()}
         history = {name: getattr(self.history, name) for name in ("rows", "steps", "seconds", "samples")}
-        checkpoint.save(
-            self.folder,
-            done,
-            tensors | generator_tensors,
-            {"step": done, "history": history, "generators": generator_state},
-        )
+        if self.run.rank == 0:
+            record = {"step": done, "history": history, "generators": [entry for _, entry in generators]}
+            checkpoint.save(self.folder, done, tensors, record)
+        parallel.wait(self.run)

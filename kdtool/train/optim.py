@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from kdtool.config import TrainSection
 
@@ -31,7 +32,8 @@ def parameter_groups(
 
 def build_optimizer(groups: list[dict[str, object]], config: TrainSection, device: str) -> torch.optim.Optimizer:
     """AdamW, or SGD with Nesterov momentum 0.9; fused kernels where the device has them."""
-    fused = device.startswith(("cpu", "cuda"))
+    sharded = any(isinstance(p, DTensor) for group in groups for p in group["params"])  # type: ignore[attr-defined]
+    fused = device.startswith(("cpu", "cuda")) and not sharded
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=1.0, momentum=0.9, nesterov=True, fused=fused)
     return torch.optim.AdamW(groups, fused=fused)
