@@ -70,12 +70,21 @@ def _stack(model: nn.Module, depth: int) -> str:
         name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == depth
     ]
     outer = [name for name in found if not any(name.startswith(f"{other}.") for other in found if other != name)]
+    if len(outer) > 1:
+        # audio models start with convolutions, which may be as many as the layers but are not alike
+        outer = [name for name in outer if _alike(model.get_submodule(name))]
     if len(outer) != 1:
         raise ModelProblem(
             f"layers:... needs one stack of {depth} layers in the teacher, found {len(outer)}",
             hint="give a student folder or configuration",
         )
     return str(outer[0])
+
+
+def _alike(layers: nn.Module) -> bool:
+    """Whether all layers of a list have parameters of the same names and shapes."""
+    shapes = [[(name, p.shape) for name, p in layer.named_parameters()] for layer in layers.children()]
+    return all(shape == shapes[0] for shape in shapes)
 
 
 def from_layers(teacher: Loaded, spec: str) -> Loaded:
