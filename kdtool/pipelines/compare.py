@@ -74,6 +74,7 @@ def compare(config: RunConfig, run: Run | None = None) -> Result:
             done += 1
             one = config.model_copy(deep=True)
             one.command = "distill"
+            one.output.push = None  # many runs, one repository: the best is published by hand
             one.method = dict(method)
             one.runtime.seed = seed
             one.output.folder = str(root / "runs" / f"{method['name']}-seed{seed}")

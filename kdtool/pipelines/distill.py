@@ -15,6 +15,7 @@ from kdtool.models import Loaded, load
 from kdtool.pipelines import setup
 from kdtool.pipelines.output import Output
 from kdtool.pipelines.prove import compare
+from kdtool.pipelines.push import check_push, push
 from kdtool.pipelines.teacher import fine_tuned
 from kdtool.proof import Proof, Result
 from kdtool.registry import METHODS
@@ -150,6 +151,7 @@ def distill(config: RunConfig, run: Run | None = None) -> Result:
     asked = config.model_copy(deep=True)
     if config.output.folder is None:
         raise UsageProblem("no output folder given", hint="add -o FOLDER")
+    check_push(config, run)
     setup.begin(config, run)
     with parallel.first_alone(run):
         output = Output(Path(config.output.folder).expanduser(), asked, run.rank == 0)
@@ -182,6 +184,8 @@ def distill(config: RunConfig, run: Run | None = None) -> Result:
     result.extra["next"] = (
         f"kdtool export {output.folder} --format safetensors --set output.dtype=float16 -o {output.folder}-fp16"
     )
+    if proof is not None and config.output.push is not None:
+        result.extra["push"] = push(config, run, output.folder, proof)
     if proof is not None and not proof.reload.get("passed", True):
         raise QualityProblem(
             f"the student in {output.folder} does not reproduce its outputs after reloading",

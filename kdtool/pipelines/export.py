@@ -11,6 +11,7 @@ from kdtool.pipelines import setup
 from kdtool.pipelines.output import Output
 from kdtool.pipelines.probe import probe_inputs
 from kdtool.pipelines.prove import weight_bytes
+from kdtool.pipelines.push import check_push, push
 from kdtool.proof import Proof, Result, Side
 from kdtool.registry import EXPORTERS
 from kdtool.report import write_manifest, write_report
@@ -33,6 +34,7 @@ def export(config: RunConfig, run: Run | None = None) -> Result:
     setup.begin(config, run)
     if config.teacher.model is None or config.output.folder is None:
         raise UsageProblem("export needs a model and an output folder", hint="kdtool export MODEL -o FOLDER")
+    check_push(config, run)
     exporter = EXPORTERS.get(config.output.format)
     asked = config.model_copy(deep=True)
     output = Output(Path(config.output.folder).expanduser(), asked)
@@ -63,11 +65,14 @@ def export(config: RunConfig, run: Run | None = None) -> Result:
     except BaseException:
         output.release()
         raise
+    published = push(config, run, output.folder, proof)
     if not report.parity["passed"]:
         raise QualityProblem(
             f"the model exported to {output.folder} differs from its source",
             why=f"largest difference {report.parity['max_abs_diff']:.2e}, allowed {report.parity['tolerance']:.2e}",
         )
     extra = {"format": config.output.format, "dtype": report.dtype, "files": report.files, "task": task.name}
+    if config.output.push is not None:
+        extra["push"] = published
     extra["next"] = f"kdtool evaluate {output.folder} --data DATA"
     return Result("export", output.folder, proof, time.perf_counter() - began, None, extra)

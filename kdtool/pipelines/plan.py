@@ -13,6 +13,7 @@ from kdtool.derive import depth_of, layer_indices
 from kdtool.hub import ModelRef, fetch_config
 from kdtool.models import auto_class, plain_model_errors, read_config
 from kdtool.pipelines import setup
+from kdtool.pipelines.push import check_push
 from kdtool.registry import METHODS
 from kdtool.run import Run
 from kdtool.tasks._base import Task
@@ -44,6 +45,7 @@ def plan(config: RunConfig, run: Run | None = None) -> dict[str, Any]:
         KdtoolError: whatever would stop the run before it starts.
     """
     run = run or setup.make_run(config)
+    check_push(config, run)
     setup.apply_benchmark(config)
     first = config.teacher.model or config.student.model
     task = setup.pick_task(config, first, run)
