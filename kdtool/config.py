@@ -444,6 +444,9 @@ def load_config(
     if isinstance(values.get("method"), str):
         values["method"] = {"name": values["method"]}
     apply_overrides(values, overrides)
+    method = values.get("method")
+    if isinstance(method, dict) and "terms" in method and not (options or {}).get("method.name"):
+        method.setdefault("name", "combine")
     for key, value in (options or {}).items():
         if value is not None:
             section, _, name = key.partition(".")

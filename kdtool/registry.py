@@ -88,6 +88,19 @@ def _facts(body: list[ast.stmt]) -> dict[str, Any]:
     return facts
 
 
+def _with_inherited(node: ast.ClassDef, source: Path) -> tuple[Setting, ...]:
+    """Fields of a `Config`, after those of a base class in a private file beside it (`_terms.TermConfig`)."""
+    own = _settings(node.body)
+    inherited: list[Setting] = []
+    for base in node.bases:
+        if isinstance(base, ast.Attribute) and isinstance(base.value, ast.Name):
+            tree = ast.parse((source.parent / f"{base.value.id}.py").read_text(encoding="utf-8"))
+            found = next((n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == base.attr), None)
+            inherited += _settings(found.body) if found else []
+    names = {setting.name for setting in own}
+    return (*own, *(setting for setting in inherited if setting.name not in names))
+
+
 def describe(name: str, module: str, source: Path, attribute: str) -> Plugin:
     """Read one plug-in file: docstring, `Config` fields, literal attributes of `attribute` or the module."""
     tree = ast.parse(source.read_text(encoding="utf-8"))
@@ -95,7 +108,7 @@ def describe(name: str, module: str, source: Path, attribute: str) -> Plugin:
     facts = _facts(tree.body)
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and node.name == "Config":
-            settings = _settings(node.body)
+            settings = _with_inherited(node, source)
         elif isinstance(node, ast.ClassDef) and node.name == attribute:
             facts |= _facts(node.body)
     return Plugin(name, module, source, ast.get_docstring(tree) or "", settings, facts)

@@ -43,7 +43,11 @@ class Kit:
         fewest, most = METHODS.info(name).facts.get("teachers", (1, 1))
         teachers = [self.copy(self.teacher) for _ in range(min(max(1, fewest), most))]
         student = self.copy(self.teacher if same else self.student)
-        return METHODS.get(name)(METHODS.build_config(name, values), student, teachers, self.task)
+        if name == "combine":
+            values.setdefault("terms", ["kd:1"])
+        method = METHODS.get(name)(METHODS.build_config(name, values), student, teachers, self.task)
+        method.setup(self.batch([0, 1]), self.train)
+        return method
 
     def copy(self, loaded: Loaded) -> Loaded:
         model = copy.deepcopy(loaded.model)

@@ -42,7 +42,7 @@ class ModelRef:
                 f"{what} '{text}' is a file, not a model folder", hint="give the folder that holds config.json"
             )
         name, _, revision = text.partition("@")
-        looks_like_path = text.startswith((".", "/", "~")) or text.count("/") > 1
+        looks_like_path = text.startswith((".", "/", "~")) or name.count("/") > 1
         if looks_like_path or not _ID.match(name):
             raise UsageProblem(
                 f"{what} folder '{text}' does not exist", hint="give a folder, or a Hub id such as owner/name@revision"

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from kdtool.data.examples import Examples
 from kdtool.models import Loaded
 from kdtool.tasks._base import ROWS, Batch, Outputs, Task, view_of
 from kdtool.teacher_cache import TeacherCache
@@ -72,17 +73,23 @@ class Method(nn.Module):
         for teacher in self.teacher_list:
             teacher.model.eval().requires_grad_(False)
 
+    needs_rows: ClassVar[bool] = False
+    """True if a step looks up `batch["cache.rows"]`, the numbers of its rows in the training data."""
+
+    def setup(self, batch: Batch, data: Examples) -> None:
+        """See a first batch and the training rows before training; by default nothing is learnt from them."""
+
     def stages(self) -> Sequence[Stage]:
         """Stages in order; one by default."""
         return (Stage(),)
 
     @torch.no_grad()
-    def teach(self, batch: Batch, index: int = 0) -> Outputs:
+    def teach(self, batch: Batch, index: int = 0, cached: bool = True) -> Outputs:
         """Outputs of a frozen teacher, detached; from its cache where there is one.
 
         Cached outputs carry no labels.
         """
-        if index in self.caches and ROWS in batch:
+        if cached and index in self.caches and ROWS in batch:
             return Outputs(self.caches[index].get(batch[ROWS]), None)
         return self.task.forward(self.teacher_list[index].model, view_of(batch, index))
 

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 from pydantic import Field
+from torch import Tensor
 
-from kdtool.divergences import cross_entropy, forward_kl
-from kdtool.methods import _base
+from kdtool.divergences import forward_kl
+from kdtool.methods import _terms
 from kdtool.tasks._base import Batch
 
 
 @dataclass(frozen=True, slots=True)
-class Config:
+class Config(_terms.TermConfig):
     """Hyper-parameters."""
 
     temperature: Annotated[float, Field(gt=0)] = 4.0
@@ -26,7 +27,7 @@ class Config:
     """Weight of the divergence from the teacher."""
 
 
-class Method(_base.Method):
+class Method(_terms.TermMethod):
     """Knowledge distillation with softened targets (Hinton)."""
 
     paper: ClassVar[str] = "Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, 2015, arXiv:1503.02531"
@@ -34,11 +35,10 @@ class Method(_base.Method):
         {"text-classification", "image-classification", "audio-classification", "causal-lm"}
     )
 
-    def step(self, batch: Batch, progress: float) -> _base.Losses:
-        """Weighted sum of label and teacher terms."""
+    def terms(
+        self, student: _terms.Side, teacher: _terms.Side | None, labels: Tensor, batch: Batch, progress: float
+    ) -> list[_terms.Term]:
+        """The divergence from the teacher."""
+        assert teacher is not None
         cfg: Config = self.config
-        out, target = self.task.forward(self.student, batch), self.teach(batch)
-        kd = forward_kl(out.logits, target.logits, cfg.temperature)
-        ce = cross_entropy(out.logits, _base.labels_of(out)) if cfg.ce_weight else kd.new_zeros(())
-        total = cfg.ce_weight * ce + cfg.kd_weight * kd
-        return _base.Losses(total, out.logits.shape[0], {"ce": ce.detach(), "kd": kd.detach()})
+        return [_terms.Term("kd", cfg.kd_weight, forward_kl(student.logits, teacher.logits, cfg.temperature))]

@@ -17,7 +17,8 @@ from torch.nn import functional
 from kdtool.config import OutputSection, RunConfig, TrainSection
 from kdtool.data.batching import ordered_batches
 from kdtool.data.examples import DataSplits, Examples
-from kdtool.errors import DataProblem, ModelProblem
+from kdtool.errors import DataProblem
+from kdtool.features import head_of
 from kdtool.models import Loaded, load_model
 from kdtool.pipelines.setup import encode, is_head_of, load_processor
 from kdtool.registry import METHODS
@@ -129,16 +130,6 @@ def _train(config: RunConfig, task: Task, teacher: Loaded, rows: Examples, run: 
     Trainer(method, rows, settings, run, is_head_of(teacher.model)).train()
 
 
-def _head_of(model: Any, classes: int) -> nn.Linear:
-    """The linear layer that gives the logits."""
-    heads = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == classes]
-    if not heads:
-        raise ModelProblem(
-            "this model has no linear head to fit", hint="--set teacher.fine_tune_what=all trains all weights"
-        )
-    return heads[-1]
-
-
 def fit_head(task: Task, teacher: Loaded, rows: Examples, run: Run) -> None:
     """Fit only the linear head, on features computed once, by L-BFGS.
 
@@ -147,7 +138,7 @@ def fit_head(task: Task, teacher: Loaded, rows: Examples, run: Run) -> None:
     """
     model: Any = teacher.model.to(run.device).eval()
     labels = torch.from_numpy(np.asarray(rows.columns["labels"])).to(run.device)
-    head = _head_of(model, len(teacher.labels or []))
+    _, head = head_of(model, len(teacher.labels or []))
     features = head_inputs(task, model, head, rows, run)
     with torch.no_grad():
         head.weight.zero_()

@@ -123,15 +123,17 @@ class Trainer:
         folder: Path | None = None,
     ) -> None:
         assert config.lr is not None
+        for teacher in method.teacher_list:
+            teacher.model.to(run.device)
         self.method = method.to(run.device)
         if run.world > 1 and config.parallel == "fsdp2":
             parallel.shard(method.student, run)
-        for teacher in method.teacher_list:
-            teacher.model.to(run.device)
         self.plan = Plan(data, config, run.seed, run.world)
         self.config = config
         self.run = run
         self.folder = folder
+        method.setup(self.load(range(min(2, len(data)))), data)
+        self.method.to(run.device)
         self.is_head = is_head
         self.history = History()
         self.every = config.checkpoint_every or max(1, math.ceil(self.plan.steps / 10))
@@ -219,7 +221,7 @@ class Trainer:
         """Collated rows on the device."""
         data = self.plan.data
         batch = self.method.task.collate([data[int(i)] for i in rows])
-        if self.method.caches:
+        if self.method.caches or self.method.needs_rows:
             batch[ROWS] = torch.as_tensor(np.asarray(rows))
         return to_device(batch, self.run.device)
 

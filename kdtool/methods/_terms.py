@@ -1,0 +1,155 @@
+"""Methods that add weighted terms to the cross-entropy, all from one forward pass of each model.
+
+Writing such a method means naming its taps, building its helper modules once their shapes are
+known, and returning its terms. Because terms do not run the models themselves, any number of them
+can be combined (`--method combine`).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from kdtool.data.examples import Examples
+from kdtool.divergences import cross_entropy
+from kdtool.features import taps
+from kdtool.methods import _base
+from kdtool.tasks._base import ROWS, Batch
+
+
+@dataclass(frozen=True, slots=True)
+class TermConfig:
+    """Settings that every method of terms has."""
+
+    ce_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the cross-entropy with the labels."""
+    delay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of training before the terms set in."""
+    ramp: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of training over which the terms then rise linearly to their weights."""
+
+
+@dataclass(slots=True)
+class Side:
+    """What one model says of a batch.
+
+    Attributes:
+        logits: [units, classes], any float type.
+        taps: Tap name to activation, as the module gave it.
+        model: The model itself, for its head.
+    """
+
+    logits: Tensor
+    taps: Mapping[str, Tensor] = field(default_factory=dict)
+    model: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One addend of the loss.
+
+    Attributes:
+        name: As logged.
+        weight: Its factor.
+        value: Scalar sum over units, not weighted; carries the gradient.
+    """
+
+    name: str
+    weight: float
+    value: Tensor
+
+
+def ramped(progress: float, delay: float, ramp: float) -> float:
+    """Factor of the terms' weights at a share of training: 0, then rising, then 1."""
+    if progress < delay:
+        return 0.0
+    return min(1.0, (progress - delay) / ramp) if ramp else 1.0
+
+
+class TermMethod(_base.Method):
+    """Base of methods made of terms."""
+
+    student_taps: Sequence[str] = ()
+    teacher_taps: Sequence[str] = ()
+    """Names of taps; set in `__init__` where they depend on settings."""
+    needs_rows: ClassVar[bool] = False
+    """True if terms look up `batch["cache.rows"]`."""
+
+    def terms(self, student: Side, teacher: Side | None, labels: Tensor, batch: Batch, progress: float) -> list[Term]:
+        """The addends besides the cross-entropy.
+
+        Args:
+            student: Its logits and taps, with gradient.
+            teacher: The same, detached; None without a teacher.
+            labels: [units] class ids.
+            batch: The batch, for what else it holds.
+            progress: Share of training done, 0 to 1.
+        """
+        raise NotImplementedError
+
+    def build(self, student: Side, teacher: Side | None, data: Examples) -> None:
+        """Make helper modules, knowing the shapes of a first batch; by default there are none."""
+
+    def setup(self, batch: Batch, data: Examples) -> None:
+        """Run both models once without gradient and let `build` see the shapes."""
+        training = self.student.training
+        self.student.eval()
+        with torch.no_grad():
+            student, _ = self.see(batch)
+            self.build(student, self.hear(batch), data)
+        self.student.train(training)
+
+    def see(self, batch: Batch) -> tuple[Side, Tensor]:
+        """The student's side and the labels."""
+        out_labels: Tensor
+        with taps(self.student, self.student_taps, self._classes(self.student)) as values:
+            out = self.task.forward(self.student, batch)
+        out_labels = _base.labels_of(out)
+        return Side(out.logits, values, self.student), out_labels
+
+    def hear(self, batch: Batch) -> Side | None:
+        """The first teacher's side, detached; None without a teacher."""
+        if not self.teacher_list:
+            return None
+        model = self.teacher_list[0].model
+        if not self.teacher_taps:
+            return Side(self.teach(batch).logits, {}, model)
+        with taps(model, self.teacher_taps, self._classes(model)) as values:
+            out = self.teach(batch, cached=False)
+        return Side(out.logits, values, model)
+
+    @staticmethod
+    def _classes(model: Any) -> int:
+        return int(getattr(model.config, "num_labels", 0) or 0)
+
+    def step(self, batch: Batch, progress: float) -> _base.Losses:
+        """Cross-entropy and all terms, each logged apart."""
+        student, labels = self.see(batch)
+        teacher = self.hear(batch) if self.reads_teacher else None
+        return self.add_up(student, teacher, labels, batch, progress)
+
+    def add_up(
+        self, student: Side, teacher: Side | None, labels: Tensor, batch: Batch, progress: float
+    ) -> _base.Losses:
+        """Sum what was seen into one loss."""
+        cfg = self.config
+        found = self.terms(student, teacher, labels, batch, progress)
+        factor = ramped(progress, cfg.delay, cfg.ramp)
+        parts: dict[str, Tensor] = {}
+        total = student.logits.new_zeros((), dtype=torch.float32)
+        if cfg.ce_weight:
+            ce = cross_entropy(student.logits, labels)
+            total, parts["ce"] = total + cfg.ce_weight * ce, ce.detach()
+        for term in found:
+            # a term whose weight is still 0 stays in the graph, so that its helpers have gradients
+            total = total + (factor * term.weight) * term.value
+            parts[term.name] = term.value.detach()
+        return _base.Losses(total, student.logits.shape[0], parts)
+
+
+def rows_of(batch: Batch) -> Tensor:
+    """Numbers of the batch's rows in the training data, [batch]."""
+    return batch[ROWS]
