@@ -14,7 +14,7 @@ from kdtool.models import Loaded, load_model
 from kdtool.pipelines.setup import encode, get_data, load_processor
 from kdtool.registry import METHODS, TASKS
 from kdtool.run import Run
-from kdtool.tasks._base import Batch, Task
+from kdtool.tasks._base import ROWS, Batch, Task
 
 PARTS = {
     "text-classification": ("bert", "bert-small", "pairs"),
@@ -54,7 +54,8 @@ class Kit:
         return Loaded(model, loaded.processor, loaded.ref, None, loaded.folder, dict(loaded.facts))
 
     def batch(self, rows: list[int]) -> Batch:
-        return self.task.collate([self.train[i] for i in rows])
+        batch = self.task.collate([self.train[i] for i in rows])
+        return batch | {ROWS: torch.tensor(rows)}
 
 
 def make_kit(task_name: str, models: Callable[[str], Path], data: Callable[[str], Path]) -> Kit:

@@ -17,6 +17,7 @@ from kdtool.methods._base import Losses, Method, Stage
 from kdtool.models import Loaded
 from kdtool.pipelines.setup import is_head_of
 from kdtool.run import Run, Silent
+from kdtool.tasks._base import ROWS
 from kdtool.train import checkpoint
 from kdtool.train.loop import Plan, Trainer
 from kdtool.train.schedule import factor
@@ -90,6 +91,7 @@ def by_hand(text, config):
         size = sum(len(batch["labels"]) for batch in batches)
         for batch in batches:
             labels = batch.pop("labels")
+            batch.pop(ROWS)
             (functional.cross_entropy(student(**batch).logits, labels, reduction="sum") / size).backward()
         norms.append(float(nn.utils.clip_grad_norm_(student.parameters(), config.clip or math.inf)))
         optimizer.step()
