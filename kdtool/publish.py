@@ -8,7 +8,7 @@ from typing import Any
 
 import kdtool
 from kdtool.errors import HubProblem
-from kdtool.hub.problems import CONNECTION_HINT, chain, clean, explain, status_of
+from kdtool.hub.problems import CONNECTION_HINT, clean, explain, status_of
 from kdtool.hub.retry import Patience, attempt
 from kdtool.run import Run
 
@@ -214,20 +214,17 @@ def _unpublished(error: Exception, repo: str) -> HubProblem | None:
         return HubProblem(f"repository '{repo}' was changed meanwhile")
     if status == 403:
         return HubProblem(f"you have no write permission for '{repo}'", why=clean(str(error)))
-    problem = explain(error, "repository", repo)
-    if problem is None and isinstance(error, ValueError | OSError) and "huggingface_hub" in _origin(error):
-        return HubProblem(f"the Hub refused the files for '{repo}'", why=clean(str(error)))
-    return problem
+    if status is None and isinstance(error, ValueError) and "huggingface_hub" in _origin(error):
+        return HubProblem(f"the Hub refused the files for '{repo}'", why=clean(str(error)))  # such as the card
+    return explain(error, "repository", repo)
 
 
 def _origin(error: BaseException) -> set[str]:
     """Packages that an exception came through."""
-    names = set()
-    for link in chain(error):
-        trace = link.__traceback__
-        while trace is not None:
-            names.add(str(trace.tb_frame.f_globals.get("__name__", "")).partition(".")[0])
-            trace = trace.tb_next
+    names, trace = set(), error.__traceback__
+    while trace is not None:
+        names.add(str(trace.tb_frame.f_globals.get("__name__", "")).partition(".")[0])
+        trace = trace.tb_next
     return names
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from kdtool.data.layout import RawSplit, Source
 from kdtool.errors import DataProblem, HubProblem, KdtoolError, UsageProblem
 from kdtool.hub import cache
-from kdtool.hub.problems import CONNECTION_HINT, clean, explain
+from kdtool.hub.problems import CONNECTION_HINT, clean, explain, gated
 from kdtool.hub.retry import attempt, passes
 from kdtool.run import Run
 
@@ -205,6 +205,12 @@ def _explain(error: Exception, reference: HubReference, hint: str | None, offlin
     if problem is not None:
         problem.hint = hint if hint and "does not exist" in problem.message else problem.hint
         return problem
+    if isinstance(error, DatasetNotFoundError) and "is a gated dataset" in why:  # the library drops the cause
+        return gated("data set", reference.id)
+    if isinstance(error, DatasetNotFoundError) and why.startswith("Revision "):
+        return HubProblem(
+            f"data set '{reference.id}' has no revision '{reference.revision}'", hint="name a branch, tag or commit"
+        )
     if isinstance(error, DatasetNotFoundError):
         return HubProblem(
             f"data set '{reference.id}' does not exist on the Hub, or is private, or you are not logged in",

@@ -75,15 +75,20 @@ def explain(error: BaseException, what: str, name: str, revision: str | None = N
     )
 
 
+def gated(what: str, name: str) -> HubProblem:
+    """Access must be asked for first."""
+    return HubProblem(
+        f"{what} '{name}' is gated, and access is not granted",
+        hint=f"accept the terms on its page, then {_LOGIN_HINT}",
+    )
+
+
 def _refusal(error: BaseException, what: str, name: str, revision: str | None) -> HubProblem | None:
     """The Hub answered, and said no."""
     from huggingface_hub import errors
 
     if isinstance(error, errors.GatedRepoError):
-        return HubProblem(
-            f"{what} '{name}' is gated, and access is not granted",
-            hint=f"accept the terms on its page, then {_LOGIN_HINT}",
-        )
+        return gated(what, name)
     if isinstance(error, errors.DisabledRepoError):
         return HubProblem(f"{what} '{name}' has been disabled on the Hub", hint="choose another, or ask its owner")
     if isinstance(error, errors.RevisionNotFoundError):
