@@ -2,11 +2,15 @@
 
 from typing import Any
 
+from kdtool import _autoload
+
 __version__ = "0.1.0.dev0"
 
-__all__ = ["__version__", "distill", "evaluate", "export", "load"]
+__all__ = ["__version__", "compare", "distill", "evaluate", "export", "load"]
 
 _HOME = {
+    "compare": "kdtool.pipelines",
+    "compare": "kdtool.pipelines",
     "distill": "kdtool.pipelines",
     "evaluate": "kdtool.pipelines",
     "export": "kdtool.pipelines",
@@ -21,3 +25,11 @@ def __getattr__(name: str) -> Any:
 
         return getattr(importlib.import_module(_HOME[name]), name)
     raise AttributeError(f"module 'kdtool' has no attribute '{name}'")
+
+
+_autoload.install()
+
+
+def __dir__() -> list[str]:
+    """Name the public functions also before their first use."""
+    return sorted({*globals(), *__all__})

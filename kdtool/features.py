@@ -1,7 +1,8 @@
 """Activations inside a model, taken by hooks, so that models stay untouched.
 
 A tap is named by a module path (`resnet.encoder.stages.2`), by the number of a stage or layer
-(`0`, `-1`), or `pooled`, the vector that reaches the classifier head.
+(`0`, `-1`), or `pooled`, the vector that reaches the classifier head. `pre:` before a path or number
+means what enters the last ReLU in there, or its output where it has none.
 """
 
 import math
@@ -14,13 +15,14 @@ from torch import Tensor, nn
 from kdtool.errors import ConfigProblem, ModelProblem, nearest
 
 POOLED = "pooled"
+PRE = "pre:"
 
 
 def stages_of(model: nn.Module) -> list[str]:
     """Paths of a model's stages or layers, in order.
 
-    These are the members of its first outermost module list or sequence of like members: the
-    stages of a CNN, the layers of a transformer.
+    These are the members of the outermost module list or sequence of like members that holds the
+    most parameters: the stages of a CNN, the layers of a transformer.
 
     Raises:
         ModelProblem: there is no such list.
@@ -28,16 +30,19 @@ def stages_of(model: nn.Module) -> list[str]:
     declared = getattr(model, "stage_paths", None)
     if declared is not None:
         return list(declared)
-    best: list[str] = []
+    found: dict[str, nn.ModuleList | nn.Sequential] = {}
     for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 1:
-            kinds = {type(child) for child in module}
-            inside = any(path.startswith(f"{other.rpartition('.')[0]}.") for other in best)
-            if len(kinds) == 1 and not inside and not isinstance(module[0], nn.Linear | nn.Conv2d):
-                best = best or [f"{path}.{i}" for i in range(len(module))]
-    if not best:
+        if not isinstance(module, nn.ModuleList | nn.Sequential):
+            continue
+        fewest = 1 if isinstance(module, nn.ModuleList) else 2
+        like = len({type(child) for child in module}) == 1 and len(module) >= fewest
+        inside = any(path.startswith(f"{other}.") for other in found)
+        if like and not inside and not isinstance(module[0], nn.Linear | nn.Conv2d):
+            found[path] = module
+    if not found:
         raise ModelProblem("this model has no list of stages or layers", hint="name the modules by their paths")
-    return best
+    best = max(found, key=lambda path: sum(p.numel() for p in found[path].parameters()))
+    return [f"{best}.{i}" for i in range(len(found[best]))]
 
 
 def head_of(model: nn.Module, classes: int) -> tuple[str, nn.Linear]:
@@ -70,6 +75,16 @@ def resolve_tap(model: nn.Module, point: str) -> str:
     return point
 
 
+def last_relu(model: nn.Module, point: str) -> nn.Module | None:
+    """The last ReLU inside what a tap names, None where there is none.
+
+    Raises:
+        ConfigProblem: no such stage or module.
+    """
+    inside = model.get_submodule(resolve_tap(model, point)).modules()
+    return next((module for module in reversed(list(inside)) if isinstance(module, nn.ReLU)), None)
+
+
 @contextmanager
 def taps(model: nn.Module, points: Sequence[str], classes: int) -> Iterator[dict[str, Tensor]]:
     """Collect activations during forward passes inside the block.
@@ -92,14 +107,23 @@ def taps(model: nn.Module, points: Sequence[str], classes: int) -> Iterator[dict
         if point == POOLED:
             _, head = head_of(model, classes)
             handles.append(head.register_forward_pre_hook(lambda _, args, name=point: keep(name, args[0])))
+            continue
+        relu = last_relu(model, point.removeprefix(PRE)) if point.startswith(PRE) else None
+        if relu is not None:
+            handles.append(relu.register_forward_pre_hook(lambda m, args, name=point: keep(name, _kept(m, args[0]))))
         else:
-            module = model.get_submodule(resolve_tap(model, point))
+            module = model.get_submodule(resolve_tap(model, point.removeprefix(PRE)))
             handles.append(module.register_forward_hook(lambda _, _args, out, name=point: keep(name, _first(out))))
     try:
         yield values
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _kept(relu: Any, value: Tensor) -> Tensor:
+    """What enters a ReLU, safe from one that works in place."""
+    return value.clone() if relu.inplace else value
 
 
 def _first(output: Any) -> Any:

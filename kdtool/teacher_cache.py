@@ -6,16 +6,19 @@ on whether it was filled before: cold, warm and resumed runs see the same number
 
 On disk a cache is a folder with `cache.json` (the fingerprint, part by part) and
 `teacher.safetensors`, an ordinary file of that format that is mapped into memory and filled in
-place: tensor `logits` [rows, ...] float32 and `filled` [chunks] uint8, each chunk marked after it
-is written.
+place: tensor `logits` [rows, ...] float32 and `sums` [chunks] int32, the checksum of each chunk,
+written after it; 0 where there is none yet. Each process checks a chunk the first time it reads
+it, so a chunk that a kill or a power cut left half-written is computed again.
 """
 
+import errno
 import hashlib
 import json
 import math
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -60,20 +63,34 @@ def fingerprint(teacher: Loaded, data: Examples, run: Run, processor: str) -> di
         processor: Description of what makes the teacher's inputs.
     """
     digest = hashlib.sha256()
+    config: Any = teacher.model.config
     for name, tensor in teacher.model.state_dict().items():
         digest.update(name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return {
         "teacher": digest.hexdigest(),
-        "architecture": hashlib.sha256(
-            json.dumps(teacher.model.config.to_diff_dict(), default=str).encode()
-        ).hexdigest(),
+        "architecture": hashlib.sha256(json.dumps(config.to_diff_dict(), default=str).encode()).hexdigest(),
         "data": data_hash(data),
         "processor": hashlib.sha256(processor.encode()).hexdigest(),
         "precision": run.dtype or "float32",
         "device": run.device.split(":")[0],
         "torch": torch.__version__.split("+")[0],
         "chunk": str(_CHUNK),
+        "layout": "2",
     }
+
+
+def different_marks(folder: Path, marks: Mapping[str, str]) -> list[str]:
+    """Parts of a fingerprint in which the cache of a folder differs."""
+    try:
+        found = json.loads((folder / "cache.json").read_text(encoding="utf-8"))
+    except ValueError:
+        found = {}
+    return [name for name, value in marks.items() if found.get(name) != value]
+
+
+def is_of_another_run(folder: Path, marks: Mapping[str, str]) -> bool:
+    """Whether a folder holds the cache of something else."""
+    return (folder / "cache.json").is_file() and bool(different_marks(folder, marks))
 
 
 class TeacherCache:
@@ -92,6 +109,7 @@ class TeacherCache:
     Raises:
         ConfigProblem: the folder holds the cache of something else.
         UsageProblem: the cache would be larger than `limit`.
+        OutputProblem: there is none, and none can be made there.
     """
 
     def __init__(
@@ -117,28 +135,41 @@ class TeacherCache:
                 f"the teacher cache would take {size / 2**20:,.0f} MiB, more than the {limit / 2**20:,.0f} MiB allowed",
                 hint="--set train.teacher_cache_limit=MIB allows more, --no-teacher-cache does without",
             )
+        self._open(folder, marks, {"logits": ("F32", (len(data), *shape)), "sums": ("I32", (len(self.chunks),))})
+        # chunks that this process has checked or computed, and whether these are all
+        self.known, self.complete = np.zeros(len(self.chunks), dtype=bool), False
+
+    def _open(self, folder: Path, marks: Mapping[str, str], tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+        """Map the cache of the folder, made anew where there is none or its file is cut short."""
         known = folder / "cache.json"
         if known.is_file():
-            self._refuse_other(known, marks)
-        else:
-            folder.mkdir(parents=True, exist_ok=True)
-            _create(folder / _FILE, {"logits": ("F32", (len(data), *shape)), "filled": ("U8", (len(self.chunks),))})
-            write_text(known, json.dumps({"rows": len(data), **marks}, indent=2) + "\n")
-        mapped = _map(folder / _FILE)
-        self.logits, self.filled = mapped["logits"], mapped["filled"]
-
-    def _refuse_other(self, known: Path, marks: Mapping[str, str]) -> None:
+            differing = different_marks(folder, marks)
+            if differing:
+                raise ConfigProblem(
+                    f"the teacher cache {folder} was made for another run",
+                    why=f"different {', '.join(differing)}",
+                    hint="name another folder with --teacher-cache, or delete this one",
+                )
+        if not known.is_file() or not _is_whole(folder / _FILE, tensors):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                _create(folder / _FILE, tensors)
+                write_text(known, json.dumps({"rows": len(self.data), **marks}, indent=2) + "\n")
+            except (OSError, OutputProblem) as error:
+                why = error.strerror if isinstance(error, OSError) else error.why
+                raise OutputProblem(
+                    f"the teacher cache {folder} cannot be written",
+                    why=why,
+                    hint="name another folder with --teacher-cache, or do without: --no-teacher-cache",
+                ) from None
         try:
-            found = json.loads(known.read_text(encoding="utf-8"))
-        except ValueError:
-            found = {}
-        differing = [name for name, value in marks.items() if found.get(name) != value]
-        if differing:
-            raise ConfigProblem(
-                f"the teacher cache {known.parent} was made for another run",
-                why=f"different {', '.join(differing)}",
-                hint="name another folder with --teacher-cache, or delete this one",
-            )
+            mapped = _map(folder / _FILE, "r+")
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+            mapped = _map(folder / _FILE, "c")
+            self.run.reporter.info(f"the teacher cache {folder} is read-only: what it lacks is computed and not kept")
+        self.logits, self.sums = mapped["logits"], mapped["sums"]
 
     def _row_shape(self) -> tuple[int, ...]:
         """Shape of one row's logits, from a forward pass on one row."""
@@ -160,48 +191,76 @@ class TeacherCache:
         For language models the units are the predicted tokens of the rows, in order.
         """
         numbers = rows.cpu().numpy()
-        for chunk in np.unique(self.chunk_of[numbers]):
-            if not self.filled[chunk]:
-                members = self.chunks[chunk]
-                self.logits[members] = self._run_teacher(members).numpy()
-                self.filled[chunk] = 1
+        if not self.complete:
+            wanted = self.chunk_of[numbers]
+            for chunk in np.unique(wanted[~self.known[wanted]]):
+                self._provide(chunk)
+            self.complete = bool(self.known.all())
         taken = torch.from_numpy(self.logits[numbers])
         return taken.reshape(-1, taken.shape[-1]).to(self.run.device)
 
+    def _provide(self, chunk: int) -> None:
+        """Check a chunk, and compute it where it is missing or damaged."""
+        members = self.chunks[chunk]
+        if not self._is_sound(chunk):
+            logits = self._run_teacher(members).numpy()
+            self.logits[members] = logits
+            self.sums[chunk] = _checksum(logits)
+        self.known[chunk] = True
+
+    def _is_sound(self, chunk: int) -> bool:
+        return bool(self.sums[chunk]) and _checksum(self.logits[self.chunks[chunk]]) == self.sums[chunk]
+
     @property
     def share(self) -> float:
-        """Share of the rows that are filled."""
-        return float(np.mean(self.filled))
+        """Share of the chunks that are filled."""
+        return float(np.mean(self.sums != 0))
 
 
 def _dtype(run: Run) -> torch.dtype:
     return torch.float16 if run.dtype == "float16" else torch.bfloat16
 
 
-def _create(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
-    """A safetensors file of zeros, sparse on disk until it is filled."""
-    sizes = {"F32": 4, "U8": 1}
+def _checksum(logits: np.ndarray) -> np.int32:
+    """Checksum of a chunk's values, never 0."""
+    return np.uint32(zlib.crc32(np.ascontiguousarray(logits).tobytes()) or 1).view(np.int32)
+
+
+def _layout(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, int]:
+    """Header of a safetensors file, and the size of the file in bytes."""
     header: dict[str, Any] = {}
     position = 0
     for name, (kind, shape) in tensors.items():
-        end = position + sizes[kind] * math.prod(shape)
+        end = position + 4 * math.prod(shape)
         header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [position, end]}
         position = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, 8 + len(text) + position
+
+
+def _is_whole(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> bool:
+    """Whether a file has just this header and size."""
+    header, size = _layout(tensors)
+    if not path.is_file() or path.stat().st_size != size:
+        return False
+    with path.open("rb") as stream:
+        return stream.read(len(header)) == header
+
+
+def _create(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+    """A safetensors file of zeros, sparse on disk until it is filled."""
+    header, size = _layout(tensors)
     partial = path.with_suffix(".partial")
-    try:
-        with partial.open("wb") as stream:
-            stream.write(len(text).to_bytes(8, "little") + text)
-            stream.truncate(8 + len(text) + position)
-        partial.replace(path)
-    except OSError as error:
-        raise OutputProblem(f"the teacher cache {path.parent} cannot be written", why=error.strerror) from None
+    with partial.open("wb") as stream:
+        stream.write(header)
+        stream.truncate(size)
+    partial.replace(path)
 
 
-def _map(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a safetensors file, mapped for reading and writing."""
-    kinds = {"F32": np.float32, "U8": np.uint8}
+def _map(path: Path, mode: Literal["c", "r+"]) -> dict[str, np.ndarray]:
+    """The tensors of a safetensors file, mapped; with `c` what is written stays in this process."""
+    kinds = {"F32": np.float32, "I32": np.int32}
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(length))
@@ -209,10 +268,9 @@ def _map(path: Path) -> dict[str, np.ndarray]:
         name: np.memmap(
             path,
             dtype=kinds[entry["dtype"]],
-            mode="r+",
+            mode=mode,
             offset=8 + length + entry["data_offsets"][0],
             shape=tuple(entry["shape"]),
         )
         for name, entry in header.items()
-        if name != "__metadata__"
     }

@@ -108,7 +108,8 @@ def check_output(config: RunConfig) -> None:
     if folder.exists() and not folder.is_dir():
         raise UsageProblem(f"output '{folder}' is a file", hint="give a folder with -o")
     _check_not_an_input(config, folder)
-    filled = folder.is_dir() and any(folder.iterdir())
+    # `.kdtool` alone is an unfinished run, or what a kill left of claiming the folder
+    filled = folder.is_dir() and any(path.name != MARKER.partition("/")[0] for path in folder.iterdir())
     if filled and not config.output.overwrite and not (folder / MARKER).is_file():
         raise UsageProblem(f"output folder '{folder}' is not empty", hint="add --overwrite, or give another -o")
     existing = next((parent for parent in (folder, *folder.absolute().parents) if parent.exists()), None)

@@ -99,7 +99,8 @@ class Method(_terms.TermMethod):
 
     def build(self, student: _terms.Side, teacher: _terms.Side | None, data: Examples) -> None:
         """Let every member make its helpers."""
-        for member in self.members:
+        all_members: list[Any] = list(self.members)
+        for member in all_members:
             member.build(student, teacher, data)
 
     def terms(
@@ -107,7 +108,8 @@ class Method(_terms.TermMethod):
     ) -> list[_terms.Term]:
         """All terms of all members, their names prefixed with the method's."""
         found = []
-        for name, weight, member in zip(self.names, self.weights, self.members, strict=True):
+        all_members: list[Any] = list(self.members)
+        for name, weight, member in zip(self.names, self.weights, all_members, strict=True):
             factor = weight * _terms.ramped(progress, member.config.delay, member.config.ramp)
             for term in member.terms(student, teacher, labels, batch, progress):
                 found.append(_terms.Term(f"{name}.{term.name}", factor * term.weight, term.value))

@@ -1,5 +1,6 @@
 """`distill`: teacher and data in; verified, documented student out."""
 
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from kdtool.data.examples import DataSplits
 from kdtool.errors import DataProblem, QualityProblem, TrainingProblem, UsageProblem
 from kdtool.models import Loaded, load
 from kdtool.pipelines import setup
+from kdtool.pipelines.finished import read_proof
 from kdtool.pipelines.output import Output
 from kdtool.pipelines.prove import compare
 from kdtool.pipelines.push import check_push, push
@@ -23,7 +25,7 @@ from kdtool.report import write_manifest, write_report
 from kdtool.run import Run
 from kdtool.saving import save_model
 from kdtool.tasks._base import Task
-from kdtool.teacher_cache import TeacherCache, fingerprint
+from kdtool.teacher_cache import TeacherCache, fingerprint, is_of_another_run
 from kdtool.train import parallel
 from kdtool.train.loop import History, Trainer
 from kdtool.train.state import seed_everything
@@ -101,6 +103,8 @@ def attach_cache(trainer: Trainer, ready: Ready, config: RunConfig, run: Run, de
     limit = train.teacher_cache_limit * 2**20
     try:
         with parallel.first_alone(run):
+            if run.rank == 0 and train.teacher_cache_dir is None and is_of_another_run(folder, marks):
+                shutil.rmtree(folder)  # our own, and what it was made with has changed since
             cache = TeacherCache(folder, ready.task, ready.teacher, data, run, 0, marks, limit)
     except UsageProblem as problem:
         if wanted:
@@ -155,6 +159,10 @@ def distill(config: RunConfig, run: Run | None = None) -> Result:
     setup.begin(config, run)
     with parallel.first_alone(run):
         output = Output(Path(config.output.folder).expanduser(), asked, run.rank == 0)
+    if parallel.gather_objects(run, output.complete)[0]:
+        parallel.leave(run)
+        run.reporter.info(f"{output.folder} lacked only its last files; they are in place now")
+        return _conclude(config, run, output.folder, None, began)
     try:
         ready = get_ready(config, run)
         trainer = Trainer(
@@ -179,23 +187,37 @@ def distill(config: RunConfig, run: Run | None = None) -> Result:
         raise
     finally:
         parallel.leave(run)
-    extra = {"task": ready.task.name, "method": config.method_name, "samples_per_second": _rate(history)}
-    result = Result("distill", output.folder, proof, time.perf_counter() - began, history.steps, extra)
-    result.extra["next"] = (
-        f"kdtool export {output.folder} --format safetensors --set output.dtype=float16 -o {output.folder}-fp16"
-    )
-    if proof is not None and config.output.push is not None:
-        result.extra["push"] = push(config, run, output.folder, proof)
-    if proof is not None and not proof.reload.get("passed", True):
+    return _conclude(config, run, output.folder, (proof, history, ready.task.name), began)
+
+
+def _conclude(
+    config: RunConfig, run: Run, folder: Path, made: tuple[Proof | None, History, str] | None, began: float
+) -> Result:
+    """Publish if asked to, and say how it went; without `made` the folder's manifest tells.
+
+    Raises:
+        QualityProblem: the saved model does not reproduce its outputs.
+    """
+    proof: Proof | None
+    if made is None:
+        proof, manifest = read_proof(folder)
+        history, task = History(steps=manifest["steps"]), str(manifest["task"])
+    else:
+        proof, history, task = made
+    rate = round(history.samples / history.seconds, 1) if history.seconds else None
+    extra = {"task": task, "method": config.method_name, "samples_per_second": rate}
+    extra["next"] = f"kdtool export {folder} --format safetensors --set output.dtype=float16 -o {folder}-fp16"
+    result = Result("distill", folder, proof, time.perf_counter() - began, history.steps, extra)
+    if proof is None:
+        return result  # the first process says it
+    if config.output.push is not None:
+        result.extra["push"] = push(config, run, folder, proof)
+    if not proof.reload.get("passed", True):
         raise QualityProblem(
-            f"the student in {output.folder} does not reproduce its outputs after reloading",
+            f"the student in {folder} does not reproduce its outputs after reloading",
             why=f"largest difference {proof.reload['max_abs_diff']:.2e}",
         )
     return result
-
-
-def _rate(history: History) -> float | None:
-    return round(history.samples / history.seconds, 1) if history.seconds else None
 
 
 def _finish(ready: Ready, history: History, config: RunConfig, run: Run, output: Output, began: float) -> Proof:

@@ -1,15 +1,16 @@
 """The output folder: claimed before work, filled in one sweep after it, never half-written.
 
 While a run is unfinished the folder holds `.kdtool/` with the claim (`run.json`), checkpoints and
-staged files. When everything is ready the staged files move into the folder one by one, the
-manifest last, and `.kdtool/` goes. A kill in between leaves a claim in state `moving`; the same
-command then completes the moves.
+staged files. When everything is ready the claim turns to `moving` and lists the staged files; they
+move into the folder one by one, the manifest last, and `.kdtool/` goes, the claim last. A kill in
+between leaves that claim; the same command then completes the moves and is done.
 """
 
 import hashlib
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from kdtool.config import RunConfig
 from kdtool.errors import OutputProblem, UsageProblem
@@ -36,6 +37,9 @@ class Output:
         config: The run's configuration; its fingerprint tells resumable runs from others.
         writer: False for a process that leaves the folder to another one.
 
+    Attributes:
+        complete: True when only the last moves of this very run were missing and are made now.
+
     Raises:
         UsageProblem: the folder is in use.
         OutputProblem: it cannot be written.
@@ -48,6 +52,7 @@ class Output:
         self.checkpoints = self.work / "checkpoints"
         self.mark = fingerprint(config)
         self.writer = writer
+        self.complete = False
         if writer:
             self._begin(config)
 
@@ -56,21 +61,25 @@ class Output:
         if folder.exists() and not folder.is_dir():
             raise UsageProblem(f"output '{folder}' is a file", hint="name a folder with -o")
         claim = self._claim()
-        if claim and claim.get("state") == "moving":
-            self._move()
-            claim = {}
-        same = bool(claim) and claim.get("fingerprint") == self.mark
+        same = claim.get("fingerprint") == self.mark
+        if claim.get("state") == "moving":
+            self._move(claim["files"])
+            self.complete = same and config.train.resume
+            if self.complete:
+                return
+            same = False
         if not same or not config.train.resume:
             self._refuse_in_use(config)
             shutil.rmtree(self.work, ignore_errors=True)
-        shutil.rmtree(self.staging, ignore_errors=True)
         try:
-            self.staging.mkdir(parents=True)
-            self._write_claim("working")
+            self.work.mkdir(parents=True, exist_ok=True)
+            self._write_claim({"state": "working"})
+            shutil.rmtree(self.staging, ignore_errors=True)
+            self.staging.mkdir()
         except OSError as error:
             raise OutputProblem(f"output '{folder}' cannot be written", why=error.strerror) from None
 
-    def _claim(self) -> dict[str, str]:
+    def _claim(self) -> dict[str, Any]:
         try:
             return dict(json.loads((self.work / "run.json").read_text(encoding="utf-8")))
         except (OSError, ValueError):
@@ -79,15 +88,17 @@ class Output:
     def _refuse_in_use(self, config: RunConfig) -> None:
         if config.output.overwrite or not self.folder.exists():
             return
-        if any(self.folder.iterdir()):
-            what = "an unfinished run of another configuration" if self.work.exists() else "files"
+        held = {path.name for path in self.folder.iterdir()}
+        claimed = (self.work / "run.json").is_file()
+        if held - {WORK} or claimed:  # without a claim `.kdtool` is what a kill left of one
+            what = "an unfinished run of another configuration" if claimed else "files"
             raise UsageProblem(
                 f"output '{self.folder}' already holds {what}", hint="name another folder with -o, or pass --overwrite"
             )
 
-    def _write_claim(self, state: str) -> None:
+    def _write_claim(self, claim: dict[str, Any]) -> None:
         partial = self.work / "run.json.partial"
-        partial.write_text(json.dumps({"fingerprint": self.mark, "state": state}), encoding="utf-8")
+        partial.write_text(json.dumps({"fingerprint": self.mark, **claim}), encoding="utf-8")
         sync(partial)
         partial.replace(self.work / "run.json")
         sync(self.work)
@@ -97,24 +108,44 @@ class Output:
         for path in self.staging.rglob("*"):
             path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors writes 0600 whatever the umask
             sync(path)
-        self._write_claim("moving")
-        self._move()
+        sync(self.staging)
+        files = [path.relative_to(self.staging) for path in self.staging.rglob("*") if path.is_file()]
+        files.sort(key=lambda path: (path.name == MANIFEST, str(path)))
+        self._write_claim({"state": "moving", "files": [path.as_posix() for path in files]})
+        self._move([path.as_posix() for path in files])
 
-    def _move(self) -> None:
-        kept = {path.relative_to(self.staging) for path in self.staging.rglob("*") if path.is_file()}
-        for old in self.folder.glob("*.safetensors*"):
-            # a stale shard or index beside new weights would be loaded by others
-            if old.relative_to(self.folder) not in kept and (self.staging / MANIFEST).is_file():
-                old.unlink()
-        for path in sorted(kept, key=lambda p: (p.name == MANIFEST, str(p))):
-            (self.folder / path).parent.mkdir(parents=True, exist_ok=True)
-            (self.staging / path).replace(self.folder / path)
+    def _move(self, files: list[str]) -> None:
+        """Move what has not been moved yet, then end the claim; may be cut off and repeated at any point."""
+        for name in files:
+            target = self.folder / name
+            if (self.staging / name).is_file():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                (self.staging / name).replace(target)
+        if MANIFEST in files:
+            for old in self.folder.glob("*.safetensors*"):
+                # a stale shard or index beside new weights would be loaded by others
+                if old.name not in files:
+                    old.unlink()
+        for folder in {(self.folder / name).parent for name in files}:
+            sync(folder)
         sync(self.folder)
-        shutil.rmtree(self.work, ignore_errors=True)
+        self._end()
+
+    def _end(self) -> None:
+        """Remove `.kdtool`, the claim last, so that a kill in between leaves a claim that can be ended again."""
+        for path in self.work.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != "run.json":
+                path.unlink()
+        (self.work / "run.json").unlink(missing_ok=True)
+        self.work.rmdir()
 
     def release(self) -> None:
         """Give up a claim that has nothing worth keeping."""
-        if self.writer and self.work.exists() and not any(self.checkpoints.glob("step-*")):
-            shutil.rmtree(self.work, ignore_errors=True)
+        if not self.writer or not self.work.exists() or any(self.checkpoints.glob("step-*")):
+            return
+        if self._claim().get("state") != "moving":
+            self._end()
             if self.folder.exists() and not any(self.folder.iterdir()):
                 self.folder.rmdir()

@@ -2,7 +2,8 @@
 
 A checkpoint is a folder `step-N` with `tensors.safetensors` and `state.json`. It is written under
 another name, flushed to disk, and renamed last; `state.json` carries the size and hash of the
-tensor file, so a damaged checkpoint is recognised and the one before it is taken.
+tensor file, the names of its tensors and a hash of itself, so a damaged checkpoint is recognised
+and the one before it is taken.
 """
 
 import contextlib
@@ -10,10 +11,11 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -35,8 +37,14 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def _digest(record: Mapping[str, Any]) -> str:
+    """Hash of a record without its own hash."""
+    rest = {key: value for key, value in record.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
-    """Write checkpoint `step`, make it durable, then remove older ones but the last before it.
+    """Write checkpoint `step`, make it durable, then remove all others but the last before it.
 
     Args:
         folder: Where checkpoints live.
@@ -50,7 +58,9 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[
     partial.mkdir()
     save_file(_separate(tensors), partial / "tensors.safetensors")
     size = (partial / "tensors.safetensors").stat().st_size
-    record = {"step": step, "size": size, "sha256": file_hash(partial / "tensors.safetensors"), "state": dict(state)}
+    record = {"step": step, "size": size, "sha256": file_hash(partial / "tensors.safetensors")}
+    record |= {"tensors": sorted(tensors), "state": dict(state)}
+    record["digest"] = _digest(record)
     (partial / "state.json").write_text(json.dumps(record), encoding="utf-8")
     for name in ("tensors.safetensors", "state.json"):
         sync(partial / name)
@@ -58,8 +68,11 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
     sync(folder)
-    for old in _steps(folder)[:-_KEEP]:
-        shutil.rmtree(folder / f"step-{old}", ignore_errors=True)
+    known = _steps(folder)
+    kept = [number for number in known if number <= step][-_KEEP:]
+    for old in known:
+        if old not in kept:  # later ones were damaged, or this one would not have been written
+            shutil.rmtree(folder / f"step-{old}", ignore_errors=True)
     return target
 
 
@@ -85,15 +98,49 @@ def _steps(folder: Path) -> list[int]:
     return sorted(found)
 
 
-def newest(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """Tensors and state of the newest undamaged checkpoint, or None."""
+def newest(
+    folder: Path, warn: Callable[[str], None] = lambda _message: None
+) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """Tensors and state of the newest undamaged checkpoint, or None.
+
+    Args:
+        folder: Where checkpoints live.
+        warn: Told of each damaged one that is passed over.
+    """
     for step in reversed(_steps(folder)):
         path = folder / f"step-{step}"
-        try:
+        problem = _problem(path)
+        if problem is None:
             record = json.loads((path / "state.json").read_text(encoding="utf-8"))
-            data = path / "tensors.safetensors"
-            if data.stat().st_size == record["size"] and file_hash(data) == record["sha256"]:
-                return load_file(data), record["state"]
-        except (OSError, ValueError, KeyError):
-            continue
+            return load_file(path / "tensors.safetensors"), record["state"]
+        warn(f"checkpoint {path.name} is damaged ({problem}): the one before it is taken")
     return None
+
+
+def _problem(path: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    data = path / "tensors.safetensors"
+    try:
+        record = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        if record["digest"] != _digest(record):
+            return "state.json has changed"
+        if data.stat().st_size != record["size"]:
+            return f"{data.name} is not of its size"
+        if file_hash(data) != record["sha256"]:
+            return f"{data.name} has changed"
+        with safe_open(data, "pt") as file:
+            missing = set(record["tensors"]) - set(file.keys())
+    except OSError as error:
+        return f"{Path(error.filename or path).name}: {error.strerror}"
+    except (ValueError, KeyError, TypeError):
+        return "state.json cannot be read"
+    return f"{len(missing)} tensors are missing" if missing else None
+
+
+def discard(folder: Path, after: int) -> None:
+    """Remove what a kill left half-written, and checkpoints of later steps: they are damaged."""
+    for path in folder.glob(".step-*.partial"):
+        shutil.rmtree(path, ignore_errors=True)
+    for step in _steps(folder):
+        if step > after:
+            shutil.rmtree(folder / f"step-{step}", ignore_errors=True)

@@ -2,7 +2,8 @@
 
 A step sums losses and unit counts over its micro-batches and divides the gradient once, so any
 split of the same rows into micro-batches gives the same update. The position in the data is a
-function of the step, so resuming needs no sampler state.
+function of the step, so resuming needs no sampler state; checkpoints are written between steps,
+so there are no half-summed gradients to keep.
 """
 
 import contextlib
@@ -28,6 +29,9 @@ from kdtool.tasks._base import ROWS, Batch, to_device
 from kdtool.train import checkpoint, parallel, state
 from kdtool.train.optim import build_optimizer, parameter_groups
 from kdtool.train.schedule import factor
+
+Found = tuple[dict[str, Tensor], dict[str, Any]]
+"""Tensors and state of a checkpoint."""
 
 _AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -56,6 +60,7 @@ class Plan:
         self.data = data
         self.config = config
         self.seed = seed
+        self.world = world
         self.size = config.batch_size * world
         self.per_epoch = math.ceil(len(data) / self.size)
         whole = max(1, math.ceil(config.epochs * self.per_epoch / config.grad_accum))
@@ -148,19 +153,15 @@ class Trainer:
             Interrupted: the user asked to stop; a checkpoint was written.
             TrainingProblem: the loss is not finite.
         """
-        found = checkpoint.newest(self.folder) if self.folder and self.config.resume else None
-        start = int(found[1]["step"]) if found else 0
-        if found:
-            for name, value in self.method.state_dict().items():
-                parallel.fill(value, found[0][f"method.{name}"])
-            self.history = History(**found[1]["history"])
-            self.run.reporter.info(f"resuming after step {start} of {self.plan.steps}")
-        elif self.run.rank:
+        if self.run.rank:
             state.seed_everything(self.run.seed + self.run.rank)  # dropout must differ between processes
+        found = self._found()
+        start = int(found[1]["step"]) if found else 0
         stages = list(self.method.stages())
         ends = self._ends([stage.share for stage in stages])
         began = time.perf_counter() - self.history.seconds
-        with _stop_signals() as stop:
+        lost = parallel.peers() if self.run.world > 1 else contextlib.nullcontext()
+        with _stop_signals() as stop, lost:
             for stage, first, last in zip(stages, [0, *ends[:-1]], ends, strict=True):
                 if start >= last:
                     continue
@@ -168,7 +169,7 @@ class Trainer:
                 if found and start > first:
                     state.restore_optimizer(optimizer, found[0])
                 if found:
-                    self._restore_generators(found)
+                    self._restore_own(found)
                     found = None
                 for step in range(max(first, start), last):
                     self._step(optimizer, step, first, last)
@@ -176,15 +177,54 @@ class Trainer:
         self.method.eval()
         return self.history
 
-    def _restore_generators(self, found: tuple[dict[str, Tensor], dict[str, Any]]) -> None:
-        """Put this process's generators back; another number of processes starts them anew."""
-        saved = found[1]["generators"]
+    def _found(self) -> Found | None:
+        """The checkpoint to go on from, with the method and the history put back to it.
+
+        Raises:
+            TrainingProblem: the processes do not see the same checkpoints.
+        """
+        if self.folder is None or not self.config.resume:
+            return None
+        silent = self.run.rank != 0
+        found = checkpoint.newest(self.folder, (lambda _: None) if silent else self.run.reporter.warn)
+        start = int(found[1]["step"]) if found else 0
+        if len(set(parallel.gather_objects(self.run, start))) > 1:
+            raise TrainingProblem(
+                "the processes of this job see different checkpoints",
+                hint="the output folder must be on storage that all hosts share",
+            )
+        if self.run.rank == 0:
+            checkpoint.discard(self.folder, start)
+        if found is None:
+            return None
+        for name, value in self.method.state_dict().items():
+            parallel.fill(value, found[0][f"method.{name}"])
+        self.history = History(**found[1]["history"])
+        self.scaler.load_state_dict(found[1]["scaler"])
+        if found[1]["world"] != self.plan.world:
+            # steps keep their rows, so that the learning rate and the number of steps still mean the same
+            self.plan = Plan(self.plan.data, self.config, self.run.seed, found[1]["world"])
+            self.every = self.config.checkpoint_every or max(1, math.ceil(self.plan.steps / 10))
+        self.run.reporter.info(f"resuming after step {start} of {self.plan.steps}")
+        return found
+
+    def _restore_own(self, found: Found) -> None:
+        """Put back what each process has of its own; another number of processes starts it anew."""
+        saved, sums = found[1]["generators"], found[1]["pending"]
         if len(saved) == self.run.world:
             prefix = f"rank{self.run.rank}."
             own = {name.removeprefix(prefix): t for name, t in found[0].items() if name.startswith(prefix)}
             state.restore_generators(own, saved[self.run.rank])
+            sums = sums[self.run.rank]
         else:
-            self.run.reporter.warn(f"the checkpoint is of {len(saved)} processes: random generators start anew")
+            self.run.reporter.warn(
+                f"the checkpoint is of {len(saved)} processes, this run has {self.run.world}: "
+                f"steps keep their {self.plan.size} rows, random generators start anew"
+            )
+            share = 1.0 if self.run.rank == 0 else 0.0
+            sums = {name: share * math.fsum(one[name] for one in sums) for name in sums[0]}
+        self._pending_count = sums.pop("count")
+        self._pending = {name: torch.tensor(value, device=self.run.device) for name, value in sums.items()}
 
     def _ends(self, shares: Sequence[float]) -> list[int]:
         """Last step of each stage; shares are taken relative to their sum."""
@@ -234,20 +274,15 @@ class Trainer:
         count: Tensor | float = 0.0
         for micro in range(self.config.grad_accum):
             everyone = self.plan.rows(step, micro)
-            rows = everyone[self.run.rank :: self.run.world]
-            # a process without rows still runs, since sharded models need all processes in a forward pass
-            idle = len(rows) == 0
-            batch = self.load(everyone[:1] if idle else rows)
-            with self._autocast():
-                losses = self.method(batch, progress)
-            self.scaler.scale(losses.total * 0 if idle else losses.total).backward()
             self.history.samples += len(everyone)
-            if idle:
-                continue
-            count = count + losses.count
-            self._note("loss", losses.total.detach())
-            for name, value in losses.parts.items():
-                self._note(name, value.detach())
+            for rows, idle in self._shares(everyone):
+                batch = self.load(rows)
+                with self._autocast():
+                    losses = self.method(batch, progress)
+                self.scaler.scale(losses.total * 0 if idle else losses.total).backward()
+                count = count + (0 if idle else losses.count)
+                for name, value in {"loss": losses.total, **losses.parts}.items():
+                    self._note(name, torch.zeros_like(value) if idle else value.detach())
         self._pending_count = self._pending_count + count
         if self.run.world > 1:
             parallel.sum_gradients(self.run, self.parameters)
@@ -258,6 +293,21 @@ class Trainer:
         self.scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
+    def _shares(self, everyone: Any) -> Iterator[tuple[Any, bool]]:
+        """This process's rows of a micro-batch, `batch_size` at a time, and whether they do not count.
+
+        A process without rows still runs one, since sharded models need all processes in a forward pass.
+        There is more than one turn only after a resume with fewer processes.
+        """
+        own = everyone[self.run.rank :: self.run.world]
+        turns = math.ceil(len(everyone) / (self.config.batch_size * self.run.world))
+        if self.method.batchwise or turns <= 1:
+            yield (own, False) if len(own) else (everyone[:1], True)
+            return
+        for turn in range(turns):
+            part = own[turn * self.config.batch_size : (turn + 1) * self.config.batch_size]
+            yield (part, False) if len(part) else (everyone[:1], True)
+
     def _note(self, name: str, value: Tensor) -> None:
         self._pending[name] = self._pending[name] + value if name in self._pending else value
 
@@ -267,9 +317,10 @@ class Trainer:
         divisor = torch.as_tensor(count, dtype=torch.float32, device=self.run.device).clamp_min(1)
         scale = 1.0 / divisor
         if self.config.clip:
-            norm = parallel.whole(torch.nn.utils.get_total_norm(grads)) * scale
+            norm = parallel.total_norm(grads) * scale
             scale = scale * (self.config.clip / (norm + 1e-6)).clamp_max(1.0)
-        torch._foreach_mul_(grads, scale)
+        for kind in parallel.by_kind(grads):
+            torch._foreach_mul_(kind, scale)
 
     def _after(
         self, stage: str, optimizer: torch.optim.Optimizer, done: int, began: float, stop: Callable[[], bool]
@@ -286,7 +337,7 @@ class Trainer:
         stopping = asked and not ended
         if self.folder and not ended and (stopping or done % self.every == 0):
             self.history.seconds = time.perf_counter() - began
-            self._save(optimizer, done)
+            self._save(stage, optimizer, done)
         self.history.seconds = time.perf_counter() - began
         if stopping:
             raise Interrupted(
@@ -309,15 +360,18 @@ class Trainer:
         self.history.rows.append({"step": done, "lr": lr, **means})
         self.run.reporter.progress(stage, done, self.plan.steps, {"loss": means["loss"]})
 
-    def _save(self, optimizer: torch.optim.Optimizer, done: int) -> None:
+    def _save(self, stage: str, optimizer: torch.optim.Optimizer, done: int) -> None:
         assert self.folder is not None
         tensors = {f"method.{name}": parallel.whole(value) for name, value in self.method.state_dict().items()}
         tensors |= {name: parallel.whole(value) for name, value in state.optimizer_tensors(optimizer).items()}
-        generators = parallel.gather_objects(self.run, state.generators())
-        for rank, (generator_tensors, _) in enumerate(generators):
+        pending = {"count": float(self._pending_count)} | {name: float(v) for name, v in self._pending.items()}
+        own = parallel.gather_objects(self.run, (*state.generators(), pending))
+        for rank, (generator_tensors, _, _) in enumerate(own):
             tensors |= {f"rank{rank}.{name}": value for name, value in generator_tensors.items()}
         history = {name: getattr(self.history, name) for name in ("rows", "steps", "seconds", "samples")}
         if self.run.rank == 0:
-            record = {"step": done, "history": history, "generators": [entry for _, entry in generators]}
+            record = {"step": done, "stage": stage, "world": self.plan.world, "history": history}
+            record |= {"generators": [entry for _, entry, _ in own], "pending": [entry for _, _, entry in own]}
+            record["scaler"] = self.scaler.state_dict()
             checkpoint.save(self.folder, done, tensors, record)
         parallel.wait(self.run)

@@ -127,17 +127,35 @@ def _sum_bucket(grads: list[Tensor]) -> None:
     flat = torch.cat([grad.reshape(-1) for grad in grads])
     with peers():
         dist.all_reduce(flat)
-    for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+    for grad, part in zip(grads, torch.split(flat, [grad.numel() for grad in grads]), strict=True):
         grad.copy_(part.view_as(grad))
 
 
 def shard(model: nn.Module, run: Run) -> None:
     """Shard a model's parameters over all processes (FSDP2), layer by layer where it has layers."""
+    frozen = {name for name, p in model.named_parameters() if getattr(p, "kept_frozen", False)}
     mesh = init_device_mesh(run.device.split(":")[0], (run.world,))
     stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
     for layer in stacks[0] if stacks else ():
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
+    for name, p in model.named_parameters():
+        if name in frozen:  # sharding makes new parameters, without the mark
+            p.kept_frozen = True  # type: ignore[attr-defined] # read by the training loop
+
+
+def by_kind(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Sharded and plain tensors apart: operations on lists do not mix them."""
+    kinds: dict[bool, list[Tensor]] = {}
+    for tensor in tensors:
+        kinds.setdefault(isinstance(tensor, DTensor), []).append(tensor)
+    return list(kinds.values())
+
+
+def total_norm(grads: Sequence[Tensor]) -> Tensor:
+    """Norm of all gradients together, over all shards."""
+    norms = [whole(torch.nn.utils.get_total_norm(kind)) for kind in by_kind(grads)]
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from kdtool.config import key_paths
 
 COMMANDS = {"distill": distill, "compare": compare, "evaluate": evaluate, "export": export}
 NO_KEY = {
-    "ctx", "config", "set_", "revision", "student_revision", "dry_run", "no_teacher_cache",
+    "ctx", "config", "set_", "revision", "student_revision", "dry_run", "no_teacher_cache", "launcher", "nproc",
     "json", "quiet", "verbose", "token",
 }  # fmt: skip
 

@@ -71,7 +71,10 @@ def test_pull_train_push_and_use_again(lab, cli, process, tmp_path):
     assert searched(tmp_path, TOKEN) == searched(cli.home, TOKEN) == []
     first = next(i for i, request in enumerate(lab.log) if "/resolve/" in request.path)
     assert any("whoami" in request.path for request in lab.log[:first]), "permission is asked for first"
-    uses = {request.headers.get("Authorization") for request in lab.asked("/api/models/")}
+    uses = {
+        {key.lower(): v for key, v in request.headers.items()}.get("authorization")
+        for request in lab.asked("/api/models/")
+    }
     assert uses == {f"Bearer {TOKEN}"}
     lab.log.clear()
     again = process(

@@ -147,14 +147,6 @@ def test_refusals_while_publishing(hub, ada, result, fault, message):
     assert TOKEN not in f"{caught.value.message}{caught.value.why}{caught.value.hint}"
 
 
-def test_a_card_the_hub_does_not_like(hub, ada, result):
-    hub.card_errors = ["license is unknown"]
-    with pytest.raises(HubProblem, match="refused the files") as caught:
-        publish(result, "ada/student", ada)
-    assert "license is unknown" in caught.value.why
-    assert not hub.asked("/lfs/")
-
-
 @pytest.mark.parametrize("repo", ["ada/new", "new", "lab/new"])
 def test_repositories_one_may_make(hub, ada, repo):
     assert check_write_access(repo, ada) == (repo if "/" in repo else "ada/new")

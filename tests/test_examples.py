@@ -1,0 +1,55 @@
+"""Every example runs, at a tiny size."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "examples"
+TINY = {"STEPS": "2", "TEST_ROWS": "4"}
+
+
+def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    values = os.environ | {"OMP_NUM_THREADS": "1", "CI": "1", "HF_HUB_OFFLINE": "1"} | environment
+    values["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{values['PATH']}"
+    return subprocess.run(command, env=values, capture_output=True, text=True, check=False)
+
+
+def test_all_examples_are_tested():
+    assert {path.name for path in FOLDER.iterdir() if path.is_file()} == {
+        "compare_with_control.py",
+        "distil_language_model.py",
+        "gate.sh",
+    }
+
+
+def test_distil_language_model(tmp_path):
+    student = tmp_path / "student"
+    script = FOLDER / "distil_language_model.py"
+    done = run([sys.executable, str(script), "--output", str(student), "--steps", "2", "--test-rows", "4"])
+    assert done.returncode == 0, done.stderr
+    assert "token-accuracy" in done.stdout
+    assert "Once upon a time" in done.stdout
+    assert (student / "model.safetensors").is_file()
+
+
+def test_compare_with_control(tmp_path):
+    script = FOLDER / "compare_with_control.py"
+    command = [sys.executable, str(script), "--output", str(tmp_path / "out"), "--steps", "2", "--test-rows", "4"]
+    done = run([*command, "--seeds", "0"])
+    assert done.returncode == 0, done.stderr
+    assert "the teacher is worth" in done.stdout
+    assert set(json.loads((tmp_path / "out" / "comparison.json").read_text())["methods"]) == {"none", "kd"}
+
+
+@pytest.mark.parametrize(("keep", "code", "said"), [("0.01", 0, "passed"), ("0.99", 3, "too little of its teacher")])
+def test_gate(tmp_path, keep, code, said):
+    done = run(["bash", str(FOLDER / "gate.sh"), str(tmp_path / "out")], KEEP=keep, **TINY)
+    assert done.returncode == code, done.stderr
+    assert said in done.stdout
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert [gate["passed"] for gate in result["gates"]] == [code == 0]
+    assert (tmp_path / "out" / "student" / "report.md").is_file()
