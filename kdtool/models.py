@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import pickle  # only its error is used
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,6 +108,12 @@ def plain_model_errors(name: str) -> Iterator[None]:
     except SafetensorError as error:
         raise ModelProblem(
             f"weights of '{name}' are damaged", why=str(error), hint="copy or download the model again"
+        ) from None
+    except pickle.UnpicklingError:
+        raise ModelProblem(
+            f"pickle weights of '{name}' hold more than tensors",
+            why="loading them could run code",
+            hint="convert it to safetensors where you trust it",
         ) from None
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         if isinstance(error, OSError) and error.errno is not None:

@@ -58,6 +58,7 @@ def get_ready(config: RunConfig, run: Run) -> Ready:
     """
     setup.apply_benchmark(config)
     task = setup.pick_task(config, config.teacher.model or config.student.model, run)
+    setup.check_metrics(config, task)
     facts = METHODS.info(config.method_name).facts
     if task.name not in facts["tasks"]:
         fitting = [name for name in METHODS.names() if task.name in METHODS.info(name).facts["tasks"]]

@@ -31,6 +31,7 @@ def evaluate(config: RunConfig, run: Run | None = None) -> Result:
     if config.student.model is None:
         raise UsageProblem("no model given", hint="kdtool evaluate MODEL --data DATA")
     task = setup.pick_task(config, config.student.model, run)
+    setup.check_metrics(config, task)
     data = setup.get_data(config, task, run, score_only=True)
     model = load_model(config.student.model, task.auto_class, run, "model")
     setup.load_processor(model, task, run)

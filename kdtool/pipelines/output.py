@@ -77,7 +77,9 @@ class Output:
             shutil.rmtree(self.staging, ignore_errors=True)
             self.staging.mkdir()
         except OSError as error:
-            raise OutputProblem(f"output '{folder}' cannot be written", why=error.strerror) from None
+            raise OutputProblem(
+                f"output '{folder}' cannot be written", why=error.strerror, hint="name another folder with -o"
+            ) from None
 
     def _claim(self) -> dict[str, Any]:
         try:

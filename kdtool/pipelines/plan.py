@@ -49,6 +49,7 @@ def plan(config: RunConfig, run: Run | None = None) -> dict[str, Any]:
     setup.apply_benchmark(config)
     first = config.teacher.model or config.student.model
     task = setup.pick_task(config, first, run)
+    setup.check_metrics(config, task)
     result: dict[str, Any] = {"command": config.command, "task": task.name, "device": run.device, "seed": run.seed}
     teacher = student = 0
     if config.teacher.model:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from kdtool import gates
 from kdtool.benchmarks import load_benchmark
 from kdtool.config import RunConfig
 from kdtool.data.examples import DataSplits, Examples
@@ -27,7 +28,7 @@ from kdtool.models import (
     read_config,
     resolve,
 )
-from kdtool.registry import TASKS
+from kdtool.registry import METRICS, TASKS
 from kdtool.run import Reporter, Run, Silent
 from kdtool.tasks._base import TEACHER_PREFIX, Task
 from kdtool.train import parallel
@@ -117,7 +118,7 @@ def pick_task(config: RunConfig, reference: str | None, run: Run) -> Task:
         if path.suffix == ".json" and path.is_file():
             values: dict[str, Any] = {}
         else:
-            folder, _ = resolve(reference, run)
+            folder, _ = resolve(reference, run, _role(config, reference))
             values = read_config(folder, reference)
         name = _TASK_OF_AUTO.get(auto_class_of(values))
     if name is None:
@@ -129,6 +130,31 @@ def pick_task(config: RunConfig, reference: str | None, run: Run) -> Task:
     config.data.task = TASKS.check(name)
     task: Task = TASKS.get(name)()
     return task
+
+
+def _role(config: RunConfig, reference: str) -> str:
+    """What a model is to a run, for messages and provenance."""
+    if config.command != "distill":
+        return "model"
+    return "teacher" if reference == config.teacher.model else "student"
+
+
+def check_metrics(config: RunConfig, task: Task) -> None:
+    """Refuse metrics that the task does not have, and gates on what is not measured, before any work.
+
+    Raises:
+        UsageProblem: the first of them.
+    """
+    measured = config.eval.metrics or list(task.metrics)
+    for name in measured:
+        if task.classifies:
+            METRICS.check(name.replace("_", "-"))
+        elif name not in task.metrics:
+            raise UsageProblem(f"{task.name} has no metric '{name}'", hint=f"metrics: {', '.join(task.metrics)}")
+    made_up = dict.fromkeys(measured, 1.0)
+    beside = made_up if config.teacher.model is not None else {}
+    for gate in gates.parse_gates(config.eval.fail_under):
+        gates.check(gate, made_up, beside, beside)
 
 
 def load_processor(loaded: Loaded, task: Task, run: Run, fallback: Loaded | None = None) -> None:

@@ -24,6 +24,7 @@ from kdtool.tasks._base import Batch, Evaluation, Outputs, to_device
 from kdtool.tasks._text import longest
 
 _WINDOW = 256
+_LARGEST = 700.0  # nats whose exponential is still a float
 
 
 class Task(_base.Task):
@@ -97,7 +98,7 @@ class Task(_base.Task):
         # windows are equally long, so the mean of window means is the mean over tokens
         loss_mean, loss_error = _mean_and_error(np.concatenate(losses))
         hit_mean, hit_error = _mean_and_error(np.concatenate(hits))
-        perplexity = math.exp(loss_mean)
+        perplexity = math.exp(loss_mean) if loss_mean < _LARGEST else math.inf
         values = {"loss": loss_mean, "perplexity": perplexity, "token-accuracy": hit_mean}
         errors = {"loss": loss_error, "perplexity": perplexity * loss_error, "token-accuracy": hit_error}
         chosen = [name for name in metrics if name in values]
