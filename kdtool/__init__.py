@@ -10,7 +10,6 @@ __all__ = ["__version__", "compare", "distill", "evaluate", "export", "load"]
 
 _HOME = {
     "compare": "kdtool.pipelines",
-    "compare": "kdtool.pipelines",
     "distill": "kdtool.pipelines",
     "evaluate": "kdtool.pipelines",
     "export": "kdtool.pipelines",

@@ -115,6 +115,6 @@ def test_the_method_in_the_guide_works(tmp_path):
     try:
         spec.loader.exec_module(module)
         assert module.Config().temperature == 2.0
-        assert not module.Method.__abstractmethods__ if hasattr(module.Method, "__abstractmethods__") else True
+        assert {"terms", "paper", "tasks"} <= set(vars(module.Method))
     finally:
         del sys.modules["my_kd"]
