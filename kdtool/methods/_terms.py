@@ -75,6 +75,8 @@ class TermMethod(_base.Method):
     student_taps: Sequence[str] = ()
     teacher_taps: Sequence[str] = ()
     """Names of taps; set in `__init__` where they depend on settings."""
+    combinable: ClassVar[bool] = True
+    """False if `combine` cannot take the terms, because the method changes what is saved."""
     needs_rows: ClassVar[bool] = False
     """True if terms look up `batch["cache.rows"]`."""
 

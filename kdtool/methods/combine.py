@@ -81,8 +81,8 @@ class Method(_terms.TermMethod):
         for item in config.terms:
             name, weight, values = parse_term(item)
             kind = METHODS.get(name)
-            if not issubclass(kind, _terms.TermMethod) or name == "combine":
-                raise ConfigProblem(f"method.terms: {name} cannot be combined", why="it is not a sum of terms")
+            if not issubclass(kind, _terms.TermMethod) or name == "combine" or not kind.combinable:
+                raise ConfigProblem(f"method.terms: {name} cannot be combined", why="it is not just a sum of terms")
             if task.name not in kind.tasks:
                 raise ConfigProblem(f"method.terms: {name} does not fit {task.name}")
             member = kind(METHODS.build_config(name, {"ce_weight": 0.0} | values), student, teachers, task)

@@ -5,21 +5,36 @@ The `model_type` of each starts with `kdtool-`: by that `kdtool._autoload` knows
 
 from transformers import (
     AutoConfig,
+    AutoModelForAudioClassification,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
 )
 
 from kdtool.modeling.cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
 from kdtool.modeling.sentence_classifier import SentenceClassifier, SentenceClassifierConfig
+from kdtool.modeling.simkd import (
+    SimKDConfig,
+    SimKDForAudioClassification,
+    SimKDForImageClassification,
+    SimKDForSequenceClassification,
+)
 
 __all__ = [
     "CifarResNetConfig",
     "CifarResNetForImageClassification",
     "SentenceClassifier",
     "SentenceClassifierConfig",
+    "SimKDConfig",
+    "SimKDForAudioClassification",
+    "SimKDForImageClassification",
+    "SimKDForSequenceClassification",
 ]
 
 AutoConfig.register(SentenceClassifierConfig.model_type, SentenceClassifierConfig, exist_ok=True)
 AutoModelForSequenceClassification.register(SentenceClassifierConfig, SentenceClassifier, exist_ok=True)
 AutoConfig.register(CifarResNetConfig.model_type, CifarResNetConfig, exist_ok=True)
 AutoModelForImageClassification.register(CifarResNetConfig, CifarResNetForImageClassification, exist_ok=True)
+AutoConfig.register(SimKDConfig.model_type, SimKDConfig, exist_ok=True)
+AutoModelForAudioClassification.register(SimKDConfig, SimKDForAudioClassification, exist_ok=True)
+AutoModelForImageClassification.register(SimKDConfig, SimKDForImageClassification, exist_ok=True)
+AutoModelForSequenceClassification.register(SimKDConfig, SimKDForSequenceClassification, exist_ok=True)

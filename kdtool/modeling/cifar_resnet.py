@@ -171,7 +171,8 @@ def from_checkpoint(path: str | Path, labels: Sequence[str] | None = None) -> Ci
     if wrong:
         raise ModelProblem(f"'{path}' does not fit a CIFAR ResNet with {len(names)} classes", why=f"see {wrong[0]}")
     model.load_state_dict(state, strict=False)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def image_processor(size: int = 32) -> Any:
