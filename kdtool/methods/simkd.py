@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kdtool.data.examples import Examples
+from kdtool.errors import ConfigProblem
 from kdtool.features import POOLED, as_map, as_vector, head_of, resolve_tap
 from kdtool.methods import _base, _maps, _terms
 from kdtool.modeling.simkd import Projector, SimKDConfig, assemble, pooled_to
@@ -73,9 +74,9 @@ class Method(_terms.TermMethod):
         assert teacher is not None
         first, last = self.student_taps[0], self.student_taps[-1]
         self.tap = last if student.taps[last].ndim == 4 else first
-        # maps of the teacher serve where their mean is what its head reads
-        self.target = self.teacher_taps[1] if _feeds_head(teacher, self.teacher_taps[1]) else POOLED
-        self.student_taps, self.teacher_taps = (self.tap,), (self.target,)
+        self.target = self._target(teacher)
+        if student.taps[self.tap].ndim == 3 and self.task.name != "image-classification":
+            raise ConfigProblem("simkd cannot project padded sequences", hint="leave method.student_tap empty")
         s, t = as_map(student.taps[self.tap]), as_map(teacher.taps[self.target])
         self.map_size = [min(a, b) for a, b in zip(s.shape[2:], t.shape[2:], strict=True)]
         self.widths = s.shape[1], max(1, t.shape[1] // self.config.factor), t.shape[1]
@@ -84,6 +85,22 @@ class Method(_terms.TermMethod):
         for parameter in own.parameters():
             parameter.requires_grad_(False)
             parameter.kept_frozen = True  # type: ignore[attr-defined] # the loop frees no such parameter
+
+    def _target(self, teacher: _terms.Side) -> str:
+        """The teacher's tap: maps serve where their mean is what its head reads.
+
+        Raises:
+            ConfigProblem: a tap was asked for that does not serve.
+        """
+        wanted = self.teacher_taps[1]
+        if _feeds_head(teacher, wanted):
+            return wanted
+        if self.config.teacher_tap not in (None, POOLED):
+            raise ConfigProblem(
+                f"method.teacher_tap: the teacher's head does not read the mean of '{wanted}'",
+                hint="leave method.teacher_tap empty",
+            )
+        return POOLED
 
     def add_up(
         self, student: _terms.Side, teacher: _terms.Side | None, labels: Tensor, batch: Batch, progress: float
