@@ -90,7 +90,7 @@ class Method(_maps.PairMethod):
         """Distances and angles."""
         assert teacher is not None
         s, t = self.vectors(student, teacher, batch)
-        return [
-            _terms.Term("distance", self.config.distance_weight, distance_loss(s, t)),
-            _terms.Term("angle", self.config.angle_weight, angle_loss(s, t)),
-        ]
+        found = [_terms.Term("distance", self.config.distance_weight, distance_loss(s, t))]
+        if self.config.angle_weight:
+            found.append(_terms.Term("angle", self.config.angle_weight, angle_loss(s, t)))
+        return found
