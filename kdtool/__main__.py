@@ -6,8 +6,9 @@ import sys
 def main() -> None:
     """Run the command line and exit with its code."""
     from kdtool.cli.app import run
-    from kdtool.cli.torchrun import leave_code
+    from kdtool.cli.torchrun import leave_code, shield
 
+    shield()
     sys.exit(leave_code(run()))
 
 

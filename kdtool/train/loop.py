@@ -106,6 +106,11 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
             signal.signal(caught, handler)
 
 
+def _kept_frozen(method: torch.nn.Module) -> set[str]:
+    """Names of the parameters that no stage may free."""
+    return {name for name, p in method.named_parameters() if getattr(p, "kept_frozen", False)}
+
+
 class Trainer:
     """Trains one method on encoded data.
 
@@ -130,6 +135,8 @@ class Trainer:
         assert config.lr is not None
         for teacher in method.teacher_list:
             teacher.model.to(run.device)
+        # by name, since sharding makes new parameters, without the mark
+        self.frozen = _kept_frozen(method)
         self.method = method.to(run.device)
         if run.world > 1 and config.parallel == "fsdp2":
             parallel.shard(method.student, run)
@@ -138,6 +145,7 @@ class Trainer:
         self.run = run
         self.folder = folder
         method.setup(self.load(range(min(2, len(data)))), data)
+        self.frozen |= _kept_frozen(method)
         self.method.to(run.device)
         self.is_head = is_head
         self.history = History()
@@ -236,7 +244,7 @@ class Trainer:
 
     def _enter(self, trains: Callable[[str], bool]) -> torch.optim.Optimizer:
         """Freeze and free parameters for a stage and build its optimiser."""
-        named = [(name, p) for name, p in self.method.named_parameters() if not getattr(p, "kept_frozen", False)]
+        named = [(name, p) for name, p in self.method.named_parameters() if name not in self.frozen]
         for name, parameter in named:
             parameter.requires_grad_(trains(name))
         lr = float(self.config.lr or 0)

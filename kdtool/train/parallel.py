@@ -133,15 +133,11 @@ def _sum_bucket(grads: list[Tensor]) -> None:
 
 def shard(model: nn.Module, run: Run) -> None:
     """Shard a model's parameters over all processes (FSDP2), layer by layer where it has layers."""
-    frozen = {name for name, p in model.named_parameters() if getattr(p, "kept_frozen", False)}
     mesh = init_device_mesh(run.device.split(":")[0], (run.world,))
     stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
     for layer in stacks[0] if stacks else ():
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    for name, p in model.named_parameters():
-        if name in frozen:  # sharding makes new parameters, without the mark
-            p.kept_frozen = True  # type: ignore[attr-defined] # read by the training loop
 
 
 def by_kind(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
