@@ -129,7 +129,7 @@ class TeacherCache:
         for number, rows in enumerate(self.chunks):
             self.chunk_of[rows] = number
         shape = self._row_shape()
-        size = 4 * len(data) * math.prod(shape)
+        size = len(data) * _row_bytes(shape)
         if size > limit:
             raise UsageProblem(
                 f"the teacher cache would take {size / 2**20:,.0f} MiB, more than the {limit / 2**20:,.0f} MiB allowed",
@@ -219,6 +219,11 @@ class TeacherCache:
 
 def _dtype(run: Run) -> torch.dtype:
     return torch.float16 if run.dtype == "float16" else torch.bfloat16
+
+
+def _row_bytes(shape: Sequence[int]) -> int:
+    """Bytes of one row's logits in float32."""
+    return 4 * math.prod(shape)
 
 
 def _checksum(logits: np.ndarray) -> np.int32:

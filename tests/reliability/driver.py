@@ -72,7 +72,7 @@ def watch(events: Events) -> None:
     """Put events into everything that matters."""
     import transformers.modeling_utils
 
-    from kdtool.teacher_cache import TeacherCache
+    from kdtool import teacher_cache
     from kdtool.train import checkpoint, loop
 
     # a killed process, unlike a machine without power, loses nothing that was not flushed: save the time
@@ -84,7 +84,9 @@ def watch(events: Events) -> None:
     events.before(loop.Trainer, "_step", "step")
     events.before(loop.Trainer, "_divide_and_clip", "gradients")
     events.before(loop.Trainer, "_after", "stepped")
-    events.before(TeacherCache, "_run_teacher", "teacher")
+    events.before(teacher_cache.TeacherCache, "_run_teacher", "teacher")
+    # between the values of a chunk and their checksum
+    events.before(teacher_cache, "_checksum", "checksum")
 
 
 def child(job: dict[str, Any]) -> int:

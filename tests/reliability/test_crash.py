@@ -169,6 +169,18 @@ def test_killed_while_it_replaces_an_older_result(driver, command, unbroken, tmp
     check_whole(folder, unbroken())
 
 
+@pytest.mark.parametrize("at", ["teacher 3", "checksum 2", "gradients 3"])
+def test_killed_while_a_shared_teacher_cache_is_filled(driver, command, unbroken, tmp_path, at):
+    name, _, count = at.rpartition(" ")
+    event = nth(unbroken().events, name, int(count))
+    shared = [*command(), "--teacher-cache", tmp_path / "cache"]
+    assert driver.run(*shared, "-o", tmp_path / "out", event=event).signal == signal.SIGKILL
+    # another run takes over what was filled, then the killed one goes on
+    for folder in ("other", "out"):
+        assert driver.run(*shared, "-o", tmp_path / folder).code == 0
+        check_whole(tmp_path / folder, unbroken())
+
+
 # Damaged checkpoints
 
 
