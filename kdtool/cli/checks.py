@@ -47,9 +47,15 @@ def _check_distill(config: RunConfig) -> None:
     if not name:
         raise UsageProblem("no method given", hint="add --method NAME; see: kdtool methods ls")
     facts = METHODS.info(name).facts
-    fewest = facts.get("teachers", (1, 1))[0]
+    fewest, most = facts.get("teachers", (1, 1))
     if config.teacher.model is None and fewest > 0:
         raise UsageProblem("no teacher given", hint="kdtool distill TEACHER --student MODEL ...")
+    if config.teacher.model is not None and most == 0 and config.command == "distill":
+        raise UsageProblem(
+            f"method '{name}' takes no teacher",
+            why="the student learns from itself",
+            hint=f"kdtool distill --student MODEL --method {name} ...",
+        )
     if config.student.model is None:
         raise UsageProblem("no student given", hint="add --student MODEL, such as a folder, a Hub id or layers:4")
     if config.data.source is None and config.eval.benchmark is None:

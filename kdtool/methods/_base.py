@@ -83,6 +83,18 @@ class Method(nn.Module):
         """Stages in order; one by default."""
         return (Stage(),)
 
+    def enter(self, stage: str, resumed: bool) -> None:
+        """A stage begins, or goes on after an interruption; by default nothing happens.
+
+        Args:
+            stage: Its name.
+            resumed: True if some of its steps were done before, and `state_dict()` is as it was then.
+        """
+
+    def cautions(self, epochs: float) -> Sequence[str]:
+        """What the user should know of these settings with this length of training, one line each."""
+        return ()
+
     @torch.no_grad()
     def teach(self, batch: Batch, index: int = 0, cached: bool = True) -> Outputs:
         """Outputs of a frozen teacher, detached; from its cache where there is one.

@@ -97,6 +97,11 @@ class Method(_terms.TermMethod):
         self.needs_rows = any(m.needs_rows for m in members)  # type: ignore[misc]
         self.reads_teacher = any(m.reads_teacher for m in members)  # type: ignore[misc]
 
+    def cautions(self, epochs: float) -> Sequence[str]:
+        """Those of all members."""
+        members = (member for member in self.members if isinstance(member, _terms.TermMethod))
+        return [message for member in members for message in member.cautions(epochs)]
+
     def build(self, student: _terms.Side, teacher: _terms.Side | None, data: Examples) -> None:
         """Let every member make its helpers."""
         all_members: list[Any] = list(self.members)

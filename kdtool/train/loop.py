@@ -153,6 +153,9 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(enabled=run.dtype == "float16" and run.device.startswith("cuda"))
         self._pending: dict[str, Tensor] = {}
         self._pending_count: Tensor | float = 0.0
+        if run.rank == 0:
+            for message in method.cautions(self.plan.steps * config.grad_accum / self.plan.per_epoch):
+                run.reporter.warn(message)
 
     def train(self) -> History:
         """Run all stages to the end, or resume them.
@@ -173,6 +176,7 @@ class Trainer:
             for stage, first, last in zip(stages, [0, *ends[:-1]], ends, strict=True):
                 if start >= last:
                     continue
+                self.method.enter(stage.name, resumed=start > first)
                 optimizer = self._enter(stage.trains)
                 if found and start > first:
                     state.restore_optimizer(optimizer, found[0])

@@ -95,6 +95,35 @@ def gather_objects(run: Run, value: Any) -> list[Any]:
     return found
 
 
+def gather_units(own: Tensor) -> tuple[Tensor, int]:
+    """Rows of all processes, for a loss that couples them; itself where there is one process.
+
+    All processes must ask together. This process's rows carry their gradient; those of others are
+    constants. Where every process computes the whole loss, the gradients therefore add up to that
+    of the whole.
+
+    Args:
+        own: [n, ...]; n may differ between processes.
+
+    Returns:
+        [sum of n, ...] in order of rank, and where the own rows begin.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return own, 0
+    world, rank = dist.get_world_size(), dist.get_rank()
+    with peers():
+        sizes = [torch.zeros(1, dtype=torch.int64, device=own.device) for _ in range(world)]
+        dist.all_gather(sizes, torch.tensor([len(own)], device=own.device))
+        counts = torch.cat(sizes).tolist()
+        padded = own.new_zeros((max(counts), *own.shape[1:]))
+        padded[: len(own)] = own.detach()
+        found = [torch.empty_like(padded) for _ in range(world)]
+        dist.all_gather(found, padded)
+    parts = [rows[:count] for rows, count in zip(found, counts, strict=True)]
+    parts[rank] = own
+    return torch.cat(parts), sum(counts[:rank])
+
+
 def sum_gradients(run: Run, parameters: Sequence[nn.Parameter]) -> None:
     """Sum the gradients of unsharded parameters over all processes, bucket by bucket.
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kdtool.divergences import forward_kl
-from kdtool.methods import at, cc, crd, fitnet, nst, ofd, pkt, reviewkd, rkd, simkd, sp
+from kdtool.methods import at, cc, crd, dist, dkd, fitnet, nst, ofd, pkt, reviewkd, rkd, simkd, sp, wsld
 from kdtool.methods._maps import same_size
 from kdtool.modeling.simkd import Projector
 from kdtool.registry import METHODS
@@ -97,8 +97,29 @@ def simkd_mean(hyper: Mapping[str, Any], inputs: Inputs) -> dict[str, Tensor]:
     return {"loss": simkd.simkd_loss(projected, t) / len(s), "student_logits": logits}
 
 
+def dkd_mean(hyper: Mapping[str, Any], inputs: Inputs) -> dict[str, Tensor]:
+    student = inputs["student_logits"]
+    target, nontarget = dkd.dkd_terms(student, inputs["teacher_logits"], inputs["labels"], hyper["temperature"])
+    return {"loss": (hyper["alpha"] * target + hyper["beta"] * nontarget) / len(student)}
+
+
+def wsld_mean(hyper: Mapping[str, Any], inputs: Inputs) -> dict[str, Tensor]:
+    student = inputs["student_logits"]
+    loss = wsld.wsld_loss(student, inputs["teacher_logits"], inputs["labels"], hyper["temperature"])
+    return {"loss": hyper["alpha"] * loss / len(student)}
+
+
+def dist_mean(hyper: Mapping[str, Any], inputs: Inputs) -> dict[str, Tensor]:
+    student = inputs["student_logits"]
+    inter, intra = dist.dist_terms(student, inputs["teacher_logits"], hyper["temperature"])
+    return {"loss": (hyper["beta"] * inter + hyper["gamma"] * intra) / len(student)}
+
+
 LOSSES: dict[str, Callable[[Mapping[str, Any], Inputs], dict[str, Tensor]]] = {
     "kd": kd,
+    "dkd": dkd_mean,
+    "wsld": wsld_mean,
+    "dist": dist_mean,
     "pkt": of_features(pkt.pkt_loss),
     "rkd": rkd_mean,
     "sp": of_features(sp.sp_loss),
