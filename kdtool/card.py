@@ -146,6 +146,8 @@ def _task_facts(task: str | None) -> tuple[str, str | None]:
 
 def _load(folder: Path, where: str, task: str | None, facts: Mapping[str, Any]) -> list[str]:
     """How to load the result, with plain transformers where that suffices."""
+    if facts.get("use"):
+        return ["## Use", "", *facts["use"], ""]
     own = "kdtool" if _own_architecture(folder) else "transformers"
     if facts.get("loads_with", own) == "kdtool":
         code = ["import kdtool", "", f'model = kdtool.load("{where}")']
@@ -197,8 +199,8 @@ def write_card(folder: Path, proof: Proof | None, config: RunConfig, facts: Mapp
             `license`, `language`, `base_model`, `library_name`, `pipeline_tag`, `tags`, `dataset` (Hub
             id), `dataset_name`, `dataset_type`, `dataset_config`, `dataset_split`, `dataset_revision`,
             `test_rows`, `loads_with` (`transformers` or `kdtool`), `auto_class`, `processor_class`,
-            `limits` (sentences). How the result loads follows from the task and the
-            saved `config.json` unless stated.
+            `use` (lines that say how to load the result), `limits` (sentences). How the result loads
+            follows from the task and the saved `config.json` unless stated.
 
     Raises:
         OutputProblem: the folder cannot be written.

@@ -380,7 +380,6 @@ _REGISTRY_OF: Mapping[str, Registry] = {
     "distill": METHODS,
     "compress": COMPRESSORS,
     "patch-attention": ATTENTION,
-    "export": EXPORTERS,
 }
 
 
@@ -459,10 +458,13 @@ def load_config(
     except ValidationError as error:
         raise _explain(error, path, text) from None
     registry = _REGISTRY_OF.get(command)
-    if registry is not None and config.method_name:
+    line = _line_of(text, ["method"]) if text else None
+    where = f"{path}:{line}: " if line else ""
+    if command == "export":
+        # the plug-in is output.format, so its settings are all that `method` holds
+        config.method = check_plugin_values(EXPORTERS.info(config.output.format), config.method, "method", where)
+    elif registry is not None and config.method_name:
         plugin = registry.info(config.method_name)
-        line = _line_of(text, ["method"]) if text else None
-        where = f"{path}:{line}: " if line else ""
         checked = check_plugin_values(plugin, config.method_values, "method", where)
         config.method = {"name": plugin.name, **checked}
     return config

@@ -48,8 +48,8 @@ class Loaded:
 
     @property
     def parameters(self) -> int:
-        """Number of parameters, shared ones counted once."""
-        return sum(p.numel() for p in self.model.parameters())
+        """Number of parameters, shared ones counted once; a graph's come from its manifest."""
+        return self.facts.get("parameters") or sum(p.numel() for p in self.model.parameters())
 
 
 def read_config(folder: Path, name: str) -> dict[str, Any]:

@@ -114,8 +114,7 @@ def _page(kind: str, plugin: "Plugin") -> Iterator[str]:
     if facts["tasks"]:
         yield f"\nTasks: {', '.join(facts['tasks'])}"
     if plugin.settings:
-        section = "method" if kind != "export format" else "output"
-        yield f"\nSettings (--set {section}.NAME=VALUE):"
+        yield "\nSettings (--set method.NAME=VALUE):"
         for setting in plugin.settings:
             yield f"  {setting.name} = {_default(setting)}  ({setting.annotation})"
             if setting.doc:

@@ -5,6 +5,7 @@ every string of the source's own safetensors header. The result is reloaded in a
 compared with the source.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +25,20 @@ _LOSS = {"float32": 0.0, "float16": 2e-2, "bfloat16": 1e-1}
 """Largest change of outputs that rounding weights may cause, relative to the largest output."""
 
 
-def export(loaded: Loaded, task: Task, probe: Batch, folder: Path, config: RunConfig, run: Run) -> ExportReport:
+def export(
+    loaded: Loaded, task: Task, probes: Sequence[Batch], folder: Path, config: RunConfig, run: Run
+) -> ExportReport:
     """Write a model and prove that it loads and computes the same.
 
     Args:
         loaded: Model and processor, in float32 on the CPU.
         task: Its task.
-        probe: Inputs to compare on.
+        probes: Batches to compare on; the first is used.
         folder: An empty folder.
         config: Gives dtype and shard size.
         run: Context.
     """
+    probe = probes[0]
     before = outputs(task, loaded.model, probe)
     dtype = stored_dtype(loaded, config.output.dtype)
     rounded = dtype != stored_dtype(loaded, "keep")

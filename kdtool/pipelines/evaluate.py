@@ -6,12 +6,12 @@ from pathlib import Path
 
 from kdtool.config import RunConfig
 from kdtool.errors import UsageProblem
-from kdtool.models import load_model
 from kdtool.pipelines import setup
 from kdtool.pipelines.prove import compare
 from kdtool.proof import Result
 from kdtool.report import write_report
 from kdtool.run import Run
+from kdtool.runtime_onnx import load_for_scoring
 
 
 def evaluate(config: RunConfig, run: Run | None = None) -> Result:
@@ -33,13 +33,13 @@ def evaluate(config: RunConfig, run: Run | None = None) -> Result:
     task = setup.pick_task(config, config.student.model, run)
     setup.check_metrics(config, task)
     data = setup.get_data(config, task, run, score_only=True)
-    model = load_model(config.student.model, task.auto_class, run, "model")
+    model = load_for_scoring(config.student.model, task.auto_class, run, "model")
     setup.load_processor(model, task, run)
     setup.check_trained(model, "model")
     setup.relabel(data, model, config, run)
     teacher = None
     if config.teacher.model is not None:
-        teacher = load_model(config.teacher.model, task.auto_class, run, "teacher")
+        teacher = load_for_scoring(config.teacher.model, task.auto_class, run, "teacher")
         setup.load_processor(teacher, task, run)
         setup.check_trained(teacher)
         setup.check_same_classes(model, teacher)

@@ -6,10 +6,11 @@ from pathlib import Path
 from kdtool.card import write_card
 from kdtool.config import RunConfig
 from kdtool.errors import QualityProblem, UsageProblem
+from kdtool.exporters._base import ExportReport
 from kdtool.models import load_model
 from kdtool.pipelines import setup
 from kdtool.pipelines.output import Output
-from kdtool.pipelines.probe import probe_inputs
+from kdtool.pipelines.probe import probe_batches
 from kdtool.pipelines.prove import weight_bytes
 from kdtool.pipelines.push import check_push, push
 from kdtool.proof import Proof, Result, Side
@@ -26,7 +27,7 @@ def export(config: RunConfig, run: Run | None = None) -> Result:
         run: Context (default: made from the configuration, silent).
 
     Raises:
-        QualityProblem: the exported model differs from the source; it is kept.
+        QualityProblem: the exported model differs from the source; it is kept, graphs under another name.
         KdtoolError: its other children say what went wrong.
     """
     began = time.perf_counter()
@@ -44,21 +45,24 @@ def export(config: RunConfig, run: Run | None = None) -> Result:
         setup.check_trained(loaded, "model")
         setup.load_processor(loaded, task, run)
         parameters, source_bytes, name = loaded.parameters, weight_bytes(loaded.folder), loaded.ref
-        probe = probe_inputs(task, loaded, config, run)
-        run.reporter.info(
-            f"exporting to {config.output.format} and checking {next(iter(probe.values())).shape[0]} inputs"
-        )
-        report = exporter(loaded, task, probe, output.staging, config, run)
+        probes = probe_batches(task, loaded, config, run)
+        run.reporter.info(f"exporting to {config.output.format}, to be checked on {len(probes)} batches")
+        report: ExportReport = exporter(loaded, task, probes, output.staging, config, run)
+        files = _set_aside(output.staging, report)
         made = Side(str(output.folder), None, parameters, weight_bytes(output.staging), {})
         source = Side(name, loaded.revision, parameters, source_bytes, {})
         proof = Proof(made, source, reload=report.parity)
         write_report(output.staging, proof, [], config, plots=False)
-        write_card(output.staging, proof, config, {"task": task.name, "labels": loaded.labels})
+        facts = {"task": task.name, "labels": loaded.labels, "use": report.use}
+        if report.use is not None:
+            facts |= {"library_name": config.output.format, "tags": [config.output.format]}
+        write_card(output.staging, proof, config, facts)
         extra = {
             "seconds": time.perf_counter() - began,
             "task": task.name,
             "format": config.output.format,
             "dtype": report.dtype,
+            **report.facts,
         }
         write_manifest(output.staging, config, proof, run, run.provenance.get("command", ""), extra)
         output.commit()
@@ -69,10 +73,22 @@ def export(config: RunConfig, run: Run | None = None) -> Result:
     if not report.parity["passed"]:
         raise QualityProblem(
             f"the model exported to {output.folder} differs from its source",
-            why=f"largest difference {report.parity['max_abs_diff']:.2e}, allowed {report.parity['tolerance']:.2e}",
+            why=report.parity.get("why")
+            or f"largest difference {report.parity['max_abs_diff']:.2e}, allowed {report.parity['tolerance']:.2e}",
+            hint=f"set aside as {report.graph}.failed" if report.graph else None,
         )
-    extra = {"format": config.output.format, "dtype": report.dtype, "files": report.files, "task": task.name}
+    extra = {"format": config.output.format, "dtype": report.dtype, "files": files, "task": task.name}
     if config.output.push is not None:
         extra["push"] = published
-    extra["next"] = f"kdtool evaluate {output.folder} --data DATA"
+    if report.scored:
+        extra["next"] = f"kdtool evaluate {output.folder} --data DATA"
     return Result("export", output.folder, proof, time.perf_counter() - began, None, extra)
+
+
+def _set_aside(folder: Path, report: ExportReport) -> list[str]:
+    """Rename the graph of an export that failed its check, so that nobody loads it; returns the files."""
+    if report.parity["passed"] or report.graph is None:
+        return report.files
+    failed = f"{report.graph}.failed"
+    (folder / report.graph).rename(folder / failed)
+    return [failed if name == report.graph else name for name in report.files]

@@ -18,6 +18,7 @@ from kdtool.train.checkpoint import sync
 
 WORK = ".kdtool"
 MANIFEST = "kdtool.json"
+_WEIGHTS = ("*.safetensors*", "*.onnx*", "openvino_model.*")
 
 
 def fingerprint(config: RunConfig) -> str:
@@ -124,8 +125,8 @@ class Output:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 (self.staging / name).replace(target)
         if MANIFEST in files:
-            for old in self.folder.glob("*.safetensors*"):
-                # a stale shard or index beside new weights would be loaded by others
+            for old in [path for pattern in _WEIGHTS for path in self.folder.glob(pattern)]:
+                # a stale shard, index or graph beside new weights would be loaded by others
                 if old.name not in files:
                     old.unlink()
         for folder in {(self.folder / name).parent for name in files}:

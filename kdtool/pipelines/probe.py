@@ -12,6 +12,7 @@ from kdtool.run import Run
 from kdtool.tasks._base import Batch, Task
 
 _ROWS = 4
+_REAL_ROWS = 32
 _TEXTS = [
     "a short line",
     "What is the fee for sending money to another country, and how long does it take to arrive?",
@@ -20,19 +21,37 @@ _TEXTS = [
 ]
 
 
-def probe_inputs(task: Task, loaded: Loaded, config: RunConfig, run: Run) -> Batch:
-    """A small batch of inputs of several lengths.
+def probe_batches(task: Task, loaded: Loaded, config: RunConfig, run: Run) -> list[Batch]:
+    """Batches of several shapes, each of real inputs.
 
-    With `--data` the first test rows; otherwise fixed sentences, or seeded noise for images and audio.
+    The first holds all rows, padded to the longest; then come single rows of several lengths, which
+    need no padding, and a pair. Language models get windows of several lengths.
+
+    With `--data` the rows are the first of the test rows (up to 32); otherwise fixed sentences, or
+    seeded noise for images and audio.
     """
     if config.data.source is not None:
         rows = get_data(config, task, run, score_only=True).test
-        rows = rows.select(range(min(_ROWS, len(rows))))
-        return task.example_inputs(task.encode(rows, loaded, config, run), min(_ROWS, len(rows)))
-    return task.example_inputs(task.encode(_made(task, run.seed), loaded, config, run), _ROWS)
+        rows = rows.select(range(min(_REAL_ROWS, len(rows))))
+    else:
+        rows = _made(task, loaded, run.seed)
+    encoded = task.encode(rows, loaded, config, run)
+    count = min(len(encoded), _REAL_ROWS if config.data.source is not None else _ROWS)
+    # a graph is traced with the first batch, and a batch of one row would fix the number of rows
+    batches = [task.example_inputs(encoded, max(2, count))]
+    lengths = encoded.lengths
+    order = list(range(count)) if lengths is None else sorted(range(count), key=lambda i: int(lengths[i]))
+    chosen = dict.fromkeys((order[0], order[len(order) // 2], order[-1]))
+    batches += [task.example_inputs(encoded.select([row]), 1) for row in chosen]
+    batches.append(task.example_inputs(encoded.select(order[:2]), 2))
+    if not task.classifies:
+        whole = batches[0]
+        window = next(iter(whole.values())).shape[1]
+        batches += [{key: value[:2, :length] for key, value in whole.items()} for length in {window // 2, 3}]
+    return batches
 
 
-def _made(task: Task, seed: int) -> Examples:
+def _made(task: Task, loaded: Loaded, seed: int) -> Examples:
     generator = np.random.default_rng(seed)
     columns: dict[str, Any] = {}
     if "text" in task.columns:
@@ -45,8 +64,9 @@ def _made(task: Task, seed: int) -> Examples:
             Image.fromarray(generator.integers(0, 256, (64, 64, 3), dtype=np.uint8)) for _ in range(_ROWS)
         ]
     if "audio" in task.columns:
+        rate = int(loaded.processor.sampling_rate)
         columns["audio"] = [
-            {"array": generator.normal(0, 0.1, 8000 + 1600 * i).astype(np.float32), "sampling_rate": 16000}
+            {"array": generator.normal(0, 0.1, rate // 2 + i * rate // 10).astype(np.float32), "sampling_rate": rate}
             for i in range(_ROWS)
         ]
     return Examples(columns)

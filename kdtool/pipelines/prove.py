@@ -21,9 +21,11 @@ def weight_bytes(folder: Path | None) -> int:
     """Size of the weight files in a folder; 0 without one."""
     if folder is None or not folder.is_dir():
         return 0
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors")) or sum(
-        path.stat().st_size for path in folder.glob("*.bin")
-    )
+    for patterns in (("*.safetensors",), ("*.onnx", "*.onnx.data", "*.onnx_data"), ("openvino_model.*",), ("*.bin",)):
+        size = sum(path.stat().st_size for pattern in patterns for path in folder.glob(pattern))
+        if size:
+            return size
+    return 0
 
 
 def model_bytes(loaded: Loaded) -> int:

@@ -28,6 +28,7 @@ from kdtool.models import (
     read_config,
     resolve,
 )
+from kdtool.pipelines.architectures import task_by_optimum
 from kdtool.registry import METRICS, TASKS
 from kdtool.run import Reporter, Run, Silent
 from kdtool.tasks._base import TEACHER_PREFIX, Task
@@ -120,7 +121,7 @@ def pick_task(config: RunConfig, reference: str | None, run: Run) -> Task:
         else:
             folder, _ = resolve(reference, run, _role(config, reference))
             values = read_config(folder, reference)
-        name = _TASK_OF_AUTO.get(auto_class_of(values))
+        name = _TASK_OF_AUTO.get(auto_class_of(values)) or task_by_optimum(values)
     if name is None:
         roles = [key for key in ("text", "image", "audio") if getattr(config.data, key)]
         guess = {"text": "text-classification", "image": "image-classification", "audio": "audio-classification"}
