@@ -47,7 +47,7 @@ def start(command: "Command", values: Mapping[str, Any]) -> None:
 
         run = make_run(config, console, command_line(session))
         if values["dry_run"]:
-            plan, result = pipelines.plan(config, run), None
+            plan, result = pipelines.plan(config, run, values.get("nproc") or 1), None
         else:
             plan, result = None, getattr(pipelines, command)(config, run)
     if plan is not None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from kdtool.derive import depth_of, layer_indices
 from kdtool.hub import ModelRef, fetch_config
 from kdtool.models import auto_class, plain_model_errors, read_config
 from kdtool.pipelines import setup
+from kdtool.pipelines.estimate import Size, estimate, size_of, tokens_of, without_layers
 from kdtool.pipelines.push import check_push
 from kdtool.registry import METHODS
 from kdtool.run import Run
@@ -38,28 +40,38 @@ def _shape(reference: str, task: Task, run: Run) -> tuple[int, str | None, Any]:
     return sum(p.numel() for p in model.parameters()), revision, (config, model)
 
 
-def plan(config: RunConfig, run: Run | None = None) -> dict[str, Any]:
-    """Resolved models, data, method, steps, and estimates of memory and disk.
+def plan(config: RunConfig, run: Run | None = None, processes: int = 1) -> dict[str, Any]:
+    """Resolved models, data, method, steps, and estimates of memory, disk and time.
+
+    Args:
+        config: The run's configuration.
+        run: Context (default: made from the configuration, silent).
+        processes: How many processes would run it.
 
     Raises:
         KdtoolError: whatever would stop the run before it starts.
     """
     run = run or setup.make_run(config)
+    run.world = max(processes, int(os.environ.get("WORLD_SIZE", "1")))
     check_push(config, run)
     setup.apply_benchmark(config)
     first = config.teacher.model or config.student.model
     task = setup.pick_task(config, first, run)
     setup.check_metrics(config, task)
     result: dict[str, Any] = {"command": config.command, "task": task.name, "device": run.device, "seed": run.seed}
-    teacher = student = 0
+    teacher: Size | None = None
+    student: Size | None = None
+    tokens, steps = None, 0
     if config.teacher.model:
-        teacher, revision, shape = _shape(config.teacher.model, task, run)
-        result["teacher"] = {"name": config.teacher.model, "revision": revision, "parameters": teacher}
-    if config.student.model and config.student.model.startswith("layers:"):
+        count, revision, shape = _shape(config.teacher.model, task, run)
+        teacher = size_of(*shape)
+        result["teacher"] = {"name": config.teacher.model, "revision": revision, "parameters": count}
+    if config.student.model and config.student.model.startswith("layers:") and teacher is not None:
         student = _layers(config.student.model, shape, teacher, result)
     elif config.student.model:
-        student, revision, _ = _shape(config.student.model, task, run)
-        result["student"] = {"name": config.student.model, "revision": revision, "parameters": student}
+        count, revision, shape = _shape(config.student.model, task, run)
+        student = size_of(*shape)
+        result["student"] = {"name": config.student.model, "revision": revision, "parameters": count}
     if config.data.source:
         data = setup.get_data(config, task, run, score_only=config.command == "evaluate")
         rows = {
@@ -73,29 +85,32 @@ def plan(config: RunConfig, run: Run | None = None) -> dict[str, Any]:
             "rows": rows,
             "classes": len(data.labels or []),
         }
-        if config.command == "distill":
-            _training(config, task, rows.get("train", 0), result)
-    result["estimate"] = _estimate(config, teacher, student)
+        if config.command == "distill" and student is not None:
+            tokens = tokens_of(config, task, data.train, student)
+            count = rows.get("train", 0) if tokens is None else tokens[2]
+            steps = _training(config, task, count, run.world, result)
+    result["estimate"] = estimate(config, run, student, teacher, tokens, steps)
     result["output"] = config.output.folder
     return result
 
 
-def _layers(spec: str, shape: Any, teacher: int, result: dict[str, Any]) -> int:
+def _layers(spec: str, shape: Any, teacher: Size, result: dict[str, Any]) -> Size:
     model_config, model = shape
     depth, stack = depth_of(model_config, model)
     chosen = layer_indices(spec, depth)
     each = sum(p.numel() for p in model.get_submodule(stack)[0].parameters())
-    student: int = teacher - (depth - len(chosen)) * each
-    result["student"] = {"name": spec, "layers": chosen, "parameters": student}
+    student = without_layers(teacher, (depth - len(chosen)) * each, len(chosen))
+    result["student"] = {"name": spec, "layers": chosen, "parameters": student.parameters}
     return student
 
 
-def _training(config: RunConfig, task: Task, rows: int, result: dict[str, Any]) -> None:
+def _training(config: RunConfig, task: Task, rows: int, processes: int, result: dict[str, Any]) -> int:
+    """Note method and training; gives the number of steps."""
     train = config.train
     settings = METHODS.build_config(config.method_name, config.method_values)
     values = {name: getattr(settings, name) for name in settings.__dataclass_fields__}
-    per_epoch = math.ceil(rows / train.batch_size)
-    steps = train.max_steps or math.ceil(train.epochs * per_epoch / train.grad_accum)
+    per_epoch = math.ceil(rows / (train.batch_size * processes))
+    steps = train.max_steps or max(1, math.ceil(train.epochs * per_epoch / train.grad_accum))
     result["method"] = {"name": config.method_name, **values}
     result["training"] = {
         "steps": steps,
@@ -103,12 +118,6 @@ def _training(config: RunConfig, task: Task, rows: int, result: dict[str, Any]) 
         "grad_accum": train.grad_accum,
         "lr": train.lr or task.default_lr,
         "schedule": train.schedule,
+        "processes": processes,
     }
-
-
-def _estimate(config: RunConfig, teacher: int, student: int) -> dict[str, str]:
-    """Memory of weights and optimiser in float32 (activations come on top), disk of output and checkpoints."""
-    training = config.command == "distill"
-    memory = 4 * teacher + (16 if training else 4) * student
-    disk = (4 + (2 * 12 if training else 0)) * student
-    return {"memory": f"{memory / 2**20:.0f} MiB and activations", "disk": f"{disk / 2**20:.0f} MiB"}
+    return steps

@@ -1,0 +1,218 @@
+"""What a run will need: rough figures of memory, disk and time, from shapes and a moment of arithmetic.
+
+Nothing is trained for them. Memory of weights, gradients and optimiser is exact; activations follow the
+usual count for transformers; time divides the arithmetic of the run by a share of the speed of a large
+matrix product measured here. Expect the right order of magnitude, not the right digit.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from kdtool.config import RunConfig
+from kdtool.data.examples import Examples
+from kdtool.registry import METHODS
+from kdtool.run import Run
+from kdtool.tasks._base import Task
+
+_VALUES_PER_LAYER = 17
+"""Numbers that a transformer layer keeps for its backward pass, for each token and unit of width."""
+
+_TOKENS_PER_WORD = 1.4
+_SAMPLE = 500
+_EFFICIENCY = 0.7
+"""Share of the speed of a large matrix product that training reaches."""
+
+_LONGEST = 512
+_CHECKPOINTS = 3
+"""Two are kept while the third is written."""
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """A model's measures.
+
+    Attributes:
+        parameters: All of them.
+        working: Those that multiply every token: without tables that are only looked up.
+        width: Hidden size; None for what is no transformer.
+        layers: Depth; None likewise.
+        tokens: Longest sequence it takes, or the patches of an image; None where unknown.
+        classes: Numbers in one row of logits.
+    """
+
+    parameters: int
+    working: int
+    width: int | None = None
+    layers: int | None = None
+    tokens: int | None = None
+    classes: int = 0
+
+
+def size_of(config: Any, model: nn.Module) -> Size:
+    """Measures of a model whose weights need not be there (device `meta`)."""
+    total = sum(p.numel() for p in model.parameters())
+    tables = {id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding)}
+    heads = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+    looked_up = sum(size for key, size in tables.items() if key not in heads)
+    inner = getattr(config, "backbone_config", None) or config
+    tokens = getattr(inner, "max_position_embeddings", None)
+    if getattr(inner, "patch_size", None) and isinstance(getattr(inner, "image_size", None), int):
+        tokens = (inner.image_size // inner.patch_size) ** 2 + 1
+    width, layers = (getattr(inner, name, None) for name in ("hidden_size", "num_hidden_layers"))
+    last = [m.out_features for m in model.modules() if isinstance(m, nn.Linear)]
+    return Size(total, total - looked_up, width, layers, tokens, last[-1] if last else 0)
+
+
+def tokens_of(config: RunConfig, task: Task, rows: Examples | None, size: Size) -> tuple[float, int, int] | None:
+    """Mean and largest number of tokens of a training row, and how many rows there are; None where unknown.
+
+    Rows of language models are windows, so there are fewer or more of them than texts.
+    """
+    if rows is None or size.tokens is None:
+        return None
+    if "text" not in rows.columns:
+        return (float(size.tokens), size.tokens, len(rows)) if "image" in rows.columns else None
+    bound = config.data.max_length or min(size.tokens, _LONGEST)
+    chosen = np.linspace(0, len(rows) - 1, min(_SAMPLE, len(rows)), dtype=np.int64)
+    columns = [rows.columns[name] for name in ("text", "text_pair") if name in rows.columns]
+    lengths = np.array([sum(len(str(column[int(i)]).split()) for column in columns) for i in chosen])
+    lengths = lengths * _TOKENS_PER_WORD + 2
+    if not task.classifies:
+        return float(bound), bound, max(1, round(float(lengths.mean()) * len(rows) / bound))
+    lengths = np.minimum(lengths, bound)
+    return float(lengths.mean()), int(lengths.max()), len(rows)
+
+
+def speed(run: Run) -> float:
+    """Floating-point operations per second of a large matrix product on the run's device."""
+    on_gpu = run.device.startswith("cuda")
+    side = 4096 if on_gpu else 768
+    kind = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(run.dtype or "", torch.float32)
+    left = torch.ones(side, side, device=run.device, dtype=kind)
+    seconds = []
+    for _ in range(4):
+        began = time.perf_counter()
+        left @ left
+        if on_gpu:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return 2 * side**3 / min(seconds)
+
+
+def estimate(
+    config: RunConfig,
+    run: Run,
+    student: Size | None,
+    teacher: Size | None,
+    tokens: tuple[float, int, int] | None,
+    steps: int,
+) -> dict[str, str]:
+    """Memory of a process, disk, and for training the time, each in words.
+
+    Args:
+        config: The run's configuration.
+        run: Gives device, number format and number of processes.
+        student: Measures of what is trained, or of the only model.
+        teacher: Measures of the teacher.
+        tokens: From `tokens_of`.
+        steps: Optimiser steps.
+    """
+    trained, fixed = student.parameters if student else 0, teacher.parameters if teacher else 0
+    if config.command != "distill" or student is None:
+        weights = _bytes(4 * (trained + fixed))
+        return {"memory": f"{weights} for weights, and activations", "disk": _bytes(4 * trained)}
+    state = 12 if config.train.optimizer == "sgd" else 16
+    own = state * trained
+    said = "weights, gradients, optimiser"
+    if run.world > 1 and config.train.parallel == "fsdp2":
+        # a shard of everything, and two layers gathered at a time
+        own = own // run.world + 8 * trained // max(1, student.layers or 1)
+        said = f"1/{run.world} of {said}, two whole layers"
+    parts = {"teacher": 4 * fixed, said: own}
+    active = _activations(config, run, student, tokens)
+    parts |= {"activations": active} if active is not None else {}
+    memory = f"{_bytes(sum(parts.values()))} a process ({', '.join(f'{k} {_bytes(v)}' for k, v in parts.items() if v)})"
+    cache = _cache_bytes(config, teacher, tokens)
+    disk = 4 * trained + _CHECKPOINTS * (state - 4) * trained + cache
+    result = {
+        "memory": memory if active is not None else f"{memory}, and activations",
+        "disk": _bytes(disk) + (f", of which {_bytes(cache)} teacher cache" if cache else ""),
+    }
+    result["time"] = _time(config, run, student, teacher, tokens, steps, cache > 0)
+    return result
+
+
+def _activations(config: RunConfig, run: Run, student: Size, tokens: tuple[float, int, int] | None) -> int | None:
+    """Bytes kept for the backward pass of one batch of the longest rows; None where unknown."""
+    if tokens is None or not student.width or not student.layers:
+        return None
+    each = 2 if run.dtype else 4
+    units = config.train.batch_size * tokens[1]
+    kept = units * student.width * student.layers * _VALUES_PER_LAYER * each
+    # a language model's logits, their softmax and their gradient, for student and teacher
+    return kept + (4 * 4 * units * student.classes if config.data.task == "causal-lm" else 0)
+
+
+def _reads(config: RunConfig) -> bool:
+    return bool(METHODS.info(config.method_name).facts.get("reads_teacher", True))
+
+
+def _cache_bytes(config: RunConfig, teacher: Size | None, tokens: tuple[float, int, int] | None) -> int:
+    """Size of the teacher cache; 0 where there will be none."""
+    if teacher is None or tokens is None or not _reads(config) or config.train.teacher_cache is False:
+        return 0
+    units = tokens[2] * (tokens[1] - 1 if config.data.task == "causal-lm" else 1)
+    size = 4 * units * teacher.classes
+    return size if size <= config.train.teacher_cache_limit * 2**20 else 0
+
+
+def _time(
+    config: RunConfig,
+    run: Run,
+    student: Size,
+    teacher: Size | None,
+    tokens: tuple[float, int, int] | None,
+    steps: int,
+    cached: bool,
+) -> str:
+    if tokens is None or not student.width:
+        return "not estimated: the length of the inputs or the shape of the model is not known"
+    mean, _, rows = tokens
+    seen = steps * config.train.grad_accum * config.train.batch_size * run.world
+    work = 6.0 * student.working * mean * seen
+    if teacher is not None and _reads(config):
+        work += 2.0 * teacher.working * mean * (min(seen, rows) if cached else seen)
+    measured = speed(run)
+    seconds = work / (measured * _EFFICIENCY * run.world)
+    share = f"{work / run.world / 1e12:.3g} TFLOP" + (" a process" if run.world > 1 else "")
+    return (
+        f"about {_duration(seconds)} of training "
+        f"({share} at {_EFFICIENCY:g} of the {measured / 1e9:,.0f} GFLOP/s of a matrix product here)"
+    )
+
+
+def _bytes(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{max(1, round(size / 2**20))} MiB"
+
+
+def _duration(seconds: float) -> str:
+    for limit, name in ((3600.0, "h"), (60.0, "min")):
+        if seconds >= limit:
+            return f"{seconds / limit:.1f} {name}"
+    return f"{max(1, round(seconds))} s"
+
+
+def without_layers(size: Size, removed: int, left: int) -> Size:
+    """Measures of a model that lost some layers.
+
+    Args:
+        size: Before.
+        removed: Parameters that went.
+        left: Layers that stay.
+    """
+    return Size(size.parameters - removed, size.working - removed, size.width, left, size.tokens, size.classes)
