@@ -84,12 +84,11 @@ def moments(unbroken):
     """Event numbers: a third of them while the result is saved and moved, some the ones that once lost data."""
     names = unbroken().events
     chosen = random.Random(0)
-    late = range(len(names) - names[::-1].index("stepped"), len(names))
-    weights_moved = len(names) - names[::-1].index("replace model.safetensors")
-    drawn = [weights_moved, *chosen.sample(late, min(TRIALS // 3, len(late)))]
+    moved = len(names) - names[::-1].index("replace model.safetensors")
+    late = [event for event in range(len(names) - names[::-1].index("stepped"), len(names)) if event != moved]
+    drawn = [moved, *chosen.sample(late, min(TRIALS // 3, len(late)))]
     rest = [event for event in range(len(names)) if event not in drawn]
-    drawn += chosen.sample(rest, min(TRIALS - len(drawn), len(rest)))
-    return sorted(set(drawn))
+    return sorted(drawn + chosen.sample(rest, min(TRIALS - len(drawn), len(rest))))
 
 
 @pytest.mark.parametrize("trial", range(TRIALS))
