@@ -1,0 +1,162 @@
+"""Softmax attention over several parts of the keys, merged by their log-sum-exps, with one exact gradient.
+
+Every operator ends here: blocks, samples, centroids and near fields are parts, each with a bias that
+holds its importance weights (log w) and its exclusions (-inf). On the CPU torch's flash kernel gives
+the log-sum-exp at no cost and needs no memory for the logits; elsewhere the logits are formed.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+_HIDDEN = float("-inf")
+_NEVER = 1e30
+"""A log-sum-exp under which every probability is 0, for the backward pass of rows that see no key."""
+
+
+class Part(NamedTuple):
+    """Keys that all queries of a layout attend to.
+
+    Attributes:
+        k: [X, Y, keys, d]
+        v: [X, Y, keys, dv]
+        bias: [X or 1, Y or 1, rows or 1, keys] added to the scaled logits, constant in the gradient; or None.
+        causal: True if row i sees the first i + 1 keys only.
+    """
+
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None = None
+    causal: bool = False
+
+
+def merged(q: Tensor, parts: Sequence[Part], scale: float) -> tuple[Tensor, Tensor]:
+    """Softmax attention of q over the union of the parts' keys.
+
+    Args:
+        q: [X, Y, rows, d]
+        parts: One or more; keys of different parts count separately.
+        scale: Factor of the logits.
+
+    Returns:
+        out [X, Y, rows, dv] in the type of q, and lse [X, Y, rows] float32 (float64 for float64),
+        which carries no gradient. Rows that see no key are zero, with lse -inf.
+    """
+    width, wide = q.shape[-1], parts[0].v.shape[-1]
+    biases = [None if p.bias is None else p.bias.detach() for p in parts]
+    spec = (scale, tuple(p.causal for p in parts), biases)
+    outs = []
+    lse: Tensor | None = None
+    for start in range(0, wide, width):  # the kernel wants values as wide as keys
+        tensors: list[Tensor] = []
+        for part in parts:
+            v = part.v[..., start : start + width]
+            tensors += [part.k, v if v.shape[-1] == width else functional.pad(v, (0, width - v.shape[-1]))]
+        out, lse = _Merged.apply(spec, q, *tensors)  # type: ignore[no-untyped-call]
+        outs.append(out)
+    assert lse is not None
+    out = outs[0] if len(outs) == 1 else torch.cat(outs, -1)
+    return out[..., :wide], lse
+
+
+class _Merged(torch.autograd.Function):
+    """Forward over all parts; backward once for each part with the merged output and log-sum-exp."""
+
+    @staticmethod
+    def forward(ctx: Any, spec: Any, q: Tensor, *kv: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs of the parts, weighted by their shares of the denominator."""
+        scale, causal, biases = spec
+        found = [_attend(q, kv[2 * i], kv[2 * i + 1], biases[i], causal[i], scale) for i in range(len(causal))]
+        if len(found) == 1:
+            out, lse = found[0]
+        else:
+            stack = torch.stack([lse for _, lse in found])
+            lse = torch.logsumexp(stack, 0)
+            shares = torch.exp(stack - lse.masked_fill(lse == _HIDDEN, 0.0)).unsqueeze(-1)
+            out = sum(share * part.to(share.dtype) for share, (part, _) in zip(shares, found, strict=True)).to(q.dtype)
+        ctx.spec = spec
+        ctx.save_for_backward(q, out, lse, *kv)
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _lse: Tensor) -> tuple[Tensor | None, ...]:
+        """Softmax's gradient needs only the final probabilities, so each part gives its share by itself."""
+        scale, causal, biases = ctx.spec
+        q, out, lse, *kv = ctx.saved_tensors
+        lse = lse.masked_fill(lse == _HIDDEN, _NEVER)
+        dq: Tensor | None = None
+        grads: list[Tensor] = []
+        for i in range(len(causal)):
+            own, dk, dv = _differentiate(
+                grad.contiguous(), q, kv[2 * i], kv[2 * i + 1], out, lse, biases[i], causal[i], scale
+            )
+            dq = own if dq is None else dq + own
+            grads += [dk, dv]
+        return (None, dq, *grads)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """One part: out and lse, rows without keys zero and -inf."""
+    if q.device.type == "cpu":
+        mask = None if bias is None else bias.to(q.dtype)
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, causal, attn_mask=mask, scale=scale
+        )
+        return (out, lse) if bias is None else (out, _mark_dead(lse, bias, causal))
+    logits = _logits(q, k, bias, causal, scale)
+    lse = torch.logsumexp(logits, -1)
+    p = torch.exp(logits - lse.masked_fill(lse == _HIDDEN, 0.0).unsqueeze(-1))
+    return (p @ v.to(p.dtype)).to(q.dtype), lse
+
+
+def _mark_dead(lse: Tensor, bias: Tensor, causal: bool) -> Tensor:
+    """The kernel gives 0 for rows without keys; the truth is -inf."""
+    seen = bias > _HIDDEN
+    if causal:
+        rows = torch.arange(lse.shape[-1], device=lse.device).clamp_max(seen.shape[-1] - 1)
+        alive = seen.cummax(-1).values if seen.shape[-2] == 1 else (seen & _lower(seen)).any(-1, keepdim=True).mT
+        alive = alive[..., 0, rows] if seen.shape[-2] == 1 else alive[..., 0, :]
+    else:
+        alive = seen.any(-1)
+    return lse if bool(alive.all()) else lse.masked_fill(~alive, _HIDDEN)
+
+
+def _lower(like: Tensor) -> Tensor:
+    return torch.ones(like.shape[-2:], dtype=torch.bool, device=like.device).tril()
+
+
+def _logits(q: Tensor, k: Tensor, bias: Tensor | None, causal: bool, scale: float) -> Tensor:
+    kind = torch.float64 if q.dtype == torch.float64 else torch.float32
+    logits = (q.to(kind) @ k.to(kind).mT) * scale
+    if bias is not None:
+        logits = logits + bias.to(kind)
+    return logits.masked_fill(~_lower(logits), _HIDDEN) if causal else logits
+
+
+def _differentiate(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of one part, given the merged output and log-sum-exp."""
+    if q.device.type == "cpu":
+        mask = None if bias is None else bias.to(q.dtype)
+        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale
+        )
+        return dq, dk, dv
+    p = torch.exp(_logits(q, k, bias, causal, scale) - lse.unsqueeze(-1))
+    grad, wide = grad.to(p.dtype), v.to(p.dtype)
+    inner = (grad * out.to(p.dtype)).sum(-1, keepdim=True)
+    ds = p * (grad @ wide.mT - inner) * scale
+    return (ds @ k.to(p.dtype)).to(q.dtype), (ds.mT @ q.to(p.dtype)).to(k.dtype), (p.mT @ grad).to(v.dtype)
