@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
 from kdtool.errors import ConfigProblem, nearest
 from kdtool.registry import ATTENTION, COMPRESSORS, EXPORTERS, METHODS, Plugin, Registry
@@ -22,7 +22,15 @@ Command = Literal["distill", "compare", "compress", "patch-attention", "evaluate
 class Section(BaseModel):
     """Base of all sections: unknown keys and wrong types are errors."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, validate_assignment=True)
+    model_config = ConfigDict(extra="forbid", strict=True, validate_assignment=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_nul(cls, value: Any) -> Any:
+        """No name, path or pattern holds a NUL, and the system refuses it in ways of its own."""
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError("holds a NUL character")
+        return value
 
 
 class TeacherSection(Section):
@@ -239,6 +247,8 @@ def _no_duplicates(loader: _Loader, node: yaml.MappingNode, deep: bool = False) 
     keys: set[Any] = set()
     for key_node, _ in node.value:
         key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, str | int | float | bool | None):
+            raise yaml.MarkedYAMLError(problem="a key that is no word", problem_mark=key_node.start_mark)
         if key in keys:
             raise yaml.MarkedYAMLError(problem=f"key '{key}' appears twice", problem_mark=key_node.start_mark)
         keys.add(key)
@@ -274,6 +284,8 @@ def read_file(path: Path) -> tuple[dict[str, Any], str]:
         raise ConfigProblem(f"configuration file {path} cannot be read", why=str(error)) from None
     try:
         values = yaml.load(text, Loader=_Loader)  # noqa: S506
+    except RecursionError:
+        raise ConfigProblem(f"{path}: nested too deeply", hint="configurations are YAML or JSON mappings") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)

@@ -4,6 +4,17 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 
+_LONGEST = 600
+"""Characters of a message: what a user gave may be quoted in it, and may be anything."""
+
+
+def _one_line(text: str) -> str:
+    """Text as one printable line of bounded length."""
+    if len(text) > _LONGEST:
+        text = text[: _LONGEST - 3] + "..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class KdtoolError(Exception):
     """An expected failure: one line what, optionally one line why, and a hint.
 
@@ -17,10 +28,10 @@ class KdtoolError(Exception):
     code = "failed"
 
     def __init__(self, message: str, *, why: str | None = None, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.why = why
-        self.hint = hint
+        self.message = _one_line(message)
+        self.why = None if why is None else _one_line(why)
+        self.hint = None if hint is None else _one_line(hint)
+        super().__init__(self.message)
 
     def as_dict(self) -> dict[str, str | None]:
         """The `error` object of `--json` output."""

@@ -63,7 +63,7 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelProblem(f"'{name}' is no model folder", why="config.json is missing") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ModelProblem(f"config.json of '{name}' is damaged", why=str(error)) from None
     if not isinstance(values, dict):
         raise ModelProblem(f"config.json of '{name}' is damaged", why="not a JSON object")
@@ -78,7 +78,10 @@ def check_weights(folder: Path, name: str, allow_pickle: bool) -> None:
     """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        shards = _shards(index, name)
+        outside = [shard for shard in sorted(shards) if Path(shard).name != shard]
+        if outside:
+            raise ModelProblem(f"the weight index of '{name}' names a file outside its folder", why=outside[0][:100])
         missing = sorted(shard for shard in shards if not (folder / shard).is_file())
         if missing:
             raise ModelProblem(
@@ -98,6 +101,24 @@ def check_weights(folder: Path, name: str, allow_pickle: bool) -> None:
         why="no .safetensors file",
         hint="to start from random weights: --student path/to/config.json",
     )
+
+
+def _shards(index: Path, name: str) -> set[str]:
+    """File names that a weight index lists.
+
+    Raises:
+        ModelProblem: it is no such index.
+    """
+    try:
+        values = json.loads(index.read_text(encoding="utf-8"))
+        shards = set(values["weight_map"].values())
+        if not shards or not all(isinstance(shard, str) for shard in shards):
+            raise TypeError("no names of files")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ModelProblem(
+            f"the weight index of '{name}' is damaged", hint="copy or download the model again"
+        ) from None
+    return shards
 
 
 @contextlib.contextmanager
@@ -271,7 +292,7 @@ def from_config_file(path: Path, auto: str, labels: Sequence[str] | None) -> Loa
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ModelProblem(f"{path} is not JSON", why=str(error)) from None
     if not isinstance(values, dict):
         raise ModelProblem(f"{path} is not a JSON object")

