@@ -7,15 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 FOLDER = Path(__file__).parent.parent / "examples"
 TINY = {"STEPS": "2", "TEST_ROWS": "4"}
 
 
-def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+def run(command: list[str], cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
     values = os.environ | {"OMP_NUM_THREADS": "1", "CI": "1", "HF_HUB_OFFLINE": "1"} | environment
     values["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{values['PATH']}"
-    return subprocess.run(command, env=values, capture_output=True, text=True, check=False)
+    return subprocess.run(command, env=values, capture_output=True, text=True, check=False, cwd=cwd)
 
 
 def test_all_examples_are_tested():
@@ -53,3 +54,18 @@ def test_gate(tmp_path, keep, code, said):
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert [gate["passed"] for gate in result["gates"]] == [code == 0]
     assert (tmp_path / "out" / "student" / "report.md").is_file()
+
+
+def test_workflow_names_options_that_exist(tmp_path):
+    text = (FOLDER / "ci" / "kdtool.yml").read_text()
+    steps = yaml.safe_load(text)["jobs"]["distil"]["steps"]
+    commands = [step["run"] for step in steps if "run" in step and step["run"].startswith("kdtool")]
+    assert len(commands) == 2
+    values = {"TEACHER": "owner/teacher@main", "DATA": "owner/data@main", "STUDENT": "owner/student"}
+    for command in commands:
+        # offline and with an empty cache a command that parses ends with exit code 4, one that does not with 2
+        offline = command.replace('--push "$STUDENT" --private', "--offline").replace(
+            "accuracy=0.85", "accuracy=0.85 --offline"
+        )
+        done = run(["bash", "-c", offline], tmp_path, HF_HOME=str(tmp_path), **values)
+        assert done.returncode == 4, done.stderr

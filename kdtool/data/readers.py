@@ -1,5 +1,6 @@
 """One table file into one Arrow table; what is broken is said with file and line."""
 
+import contextlib
 import gzip
 import hashlib
 import json
@@ -10,7 +11,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv
-import pyarrow.json
 import pyarrow.parquet
 
 from kdtool.errors import DataProblem
@@ -105,12 +105,8 @@ def _read_json(path: Path) -> pa.Table:
         return _read_array(path)
     if not first:
         raise DataProblem(f"{path} holds no rows")
-    try:
-        with pa.input_stream(str(path)) as stream:
-            return pa.json.read_json(stream, read_options=pa.json.ReadOptions(block_size=_BLOCK))
-    except pa.ArrowInvalid:
-        # Arrow counts rows within blocks: read again, slowly, to say where and what.
-        return _from_rows(path, list(_checked_rows(path)))
+    # not by Arrow, whose JSON reader takes the whole process down on some inputs
+    return _from_rows(path, list(_checked_rows(path)))
 
 
 def _read_array(path: Path) -> pa.Table:
@@ -130,7 +126,23 @@ def _read_array(path: Path) -> pa.Table:
 def _from_rows(path: Path, rows: list[dict[str, Any]]) -> pa.Table:
     names = dict.fromkeys(name for row in rows for name in row)
     _check_types(path, rows)
-    return pa.table({name: pa.array([row.get(name) for row in rows], from_pandas=True) for name in names})
+    return pa.table({name: _column(path, name, [row.get(name) for row in rows]) for name in names})
+
+
+def _column(path: Path, name: str, values: list[Any]) -> pa.Array:
+    """One column; whole numbers that do not fit 64 bits become floating point.
+
+    Raises:
+        DataProblem: nested values of different types.
+    """
+    try:
+        return pa.array(values, from_pandas=True)
+    except (pa.ArrowException, OverflowError, UnicodeError) as error:
+        if all(value is None or type(value) in (int, float) for value in values):
+            with contextlib.suppress(OverflowError):
+                return pa.array([None if value is None else float(value) for value in values], from_pandas=True)
+        why = " ".join(str(error).split())[:200]
+        raise DataProblem(f"{path}: column '{name}' cannot be read", why=why) from None
 
 
 def _checked_rows(path: Path) -> Iterator[dict[str, Any]]:

@@ -310,9 +310,9 @@ def test_media_paths_cannot_leave_the_data_folder(models, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "outside.png")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "link.png").symlink_to(tmp_path / "outside.png")
+    options = {"teacher.model": str(models("vit")), "data.task": "image-classification"}
     for name in ("../outside.png", "link.png", "/etc/hostname"):
         rows(tmp_path / "data", [{"image": name, "label": label} for label in ("bad", "good", "so so")])
-        options = {"teacher.model": str(models("vit")), "data.task": "image-classification"}
         problem = refused(lambda: run_on(tmp_path / "data", models, tmp_path / "out", **options), "folder", "outside")
         assert problem.exit_code == 2
 
