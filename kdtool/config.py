@@ -171,6 +171,8 @@ class OutputSection(Section):
     """Replace what a non-empty output folder holds."""
     format: str = "safetensors"
     """Target format of export."""
+    save_teacher: bool = False
+    """Keep the teacher that an online method trained, in the folder `teacher` of the output."""
     dtype: Literal["keep", "float32", "float16", "bfloat16"] = "keep"
     """Number format of the saved weights."""
     max_shard_size: str = "5GB"

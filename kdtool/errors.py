@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-
 _LONGEST = 600
 """Characters of a message: what a user gave may be quoted in it, and may be anything."""
 

@@ -50,6 +50,7 @@ def distill(
     seed: o.Seed = None,
     output: o.Output = None,
     overwrite: o.Overwrite = None,
+    save_teacher: o.SaveTeacher = None,
     fail_under: o.FailUnder = None,
     dry_run: o.DryRun = False,
     json: o.Json = False,

@@ -193,6 +193,10 @@ Output = Annotated[Path | None, _option("--output", "-o", panel=OUTPUT, text="Ou
 Overwrite = Annotated[
     bool | None, _option("--overwrite", panel=OUTPUT, text="Replace what a non-empty output folder holds.")
 ]
+SaveTeacher = Annotated[
+    bool | None,
+    _option("--save-teacher", panel=OUTPUT, text="Keep the teacher that an online method trained, in FOLDER/teacher."),
+]
 Format = Annotated[
     str | None,
     _option(
@@ -258,6 +262,7 @@ KEYS: Mapping[str, str] = {
     "seeds": "eval.seeds",
     "output": "output.folder",
     "overwrite": "output.overwrite",
+    "save_teacher": "output.save_teacher",
     "format": "output.format",
     "push": "output.push",
     "private": "output.private",

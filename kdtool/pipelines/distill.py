@@ -65,6 +65,10 @@ def get_ready(config: RunConfig, run: Run) -> Ready:
         raise UsageProblem(
             f"method {config.method_name} does not fit {task.name}", hint=f"methods that do: {', '.join(fitting)}"
         )
+    if config.output.save_teacher and not (facts.get("trains_teacher") and config.teacher.model):
+        raise UsageProblem(
+            f"--save-teacher: method {config.method_name} trains no teacher", hint="bd-kd, dml and kdcl train theirs"
+        )
     data = setup.get_data(config, task, run)
     if data.train is None:
         raise DataProblem("the data has no rows to train on", hint="name their split: --set data.train_split=NAME")
@@ -74,11 +78,11 @@ def get_ready(config: RunConfig, run: Run) -> Ready:
         setup.relabel(data, teacher, config, run)
         if config.teacher.fine_tune:
             teacher = fine_tuned(config, task, teacher, data, run)
-        elif facts.get("teachers", (1, 1))[0] > 0:
+        elif facts.get("teachers", (1, 1))[0] > 0 and not facts.get("trains_teacher"):
             setup.check_trained(teacher)
     seed_everything(run.seed)
     student = setup.load_student(config, task, data, teacher, run)
-    if teacher is not None and teacher.facts.get("new_weights"):
+    if teacher is not None and teacher.facts.get("new_weights") and not facts.get("trains_teacher"):
         teacher = None  # an untrained teacher is only a source of layers; comparing with it says nothing
     encoded = setup.encode(task, data, student, teacher, config, run)
     config.train.lr = config.train.lr or task.default_lr
@@ -226,6 +230,8 @@ def _finish(ready: Ready, history: History, config: RunConfig, run: Run, output:
     task, staging = ready.task, output.staging
     student = ready.student
     save_model(student, staging, config.output)
+    if config.output.save_teacher and ready.teacher is not None:
+        save_model(ready.teacher, staging / "teacher", config.output)
     probe = task.example_inputs(ready.encoded.test, min(_PROBE_ROWS, len(ready.encoded.test)))
     reload: dict[str, Any] = {}
     if config.eval.reload:
