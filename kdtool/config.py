@@ -84,6 +84,14 @@ class DataSection(Section):
     """Column with the image."""
     audio: str | None = None
     """Column with the audio."""
+    features: list[str] | None = None
+    """Columns that a model of tables sees (default: all but the label)."""
+    ignore: list[str] = []
+    """Columns that it does not see."""
+    numeric: list[str] = []
+    """Columns of it to take as numbers (default: those that hold only numbers)."""
+    categorical: list[str] = []
+    """Columns of it to take as names, such as codes written as numbers."""
     labels: list[str] | None = None
     """Class names in id order, where the data does not carry them."""
     label_map: Literal["refuse", "by-name"] | dict[str, str] = "refuse"

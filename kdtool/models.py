@@ -4,7 +4,7 @@ import contextlib
 import json
 import logging
 import pickle  # only its error is used
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -264,8 +264,16 @@ def _sentence_encoder(folder: Path, text: str, labels: Sequence[str]) -> Any:
     return model
 
 
-def from_config_file(path: Path, auto: str, labels: Sequence[str] | None) -> Loaded:
+def from_config_file(
+    path: Path, auto: str, labels: Sequence[str] | None, more: Mapping[str, Any] | None = None
+) -> Loaded:
     """A model with random weights, described by a configuration file.
+
+    Args:
+        path: The file.
+        auto: Name of the Auto class.
+        labels: Class names in id order.
+        more: What the file leaves to the data, such as the number of inputs.
 
     Raises:
         ModelProblem: the file does not describe a model of this kind.
@@ -273,7 +281,7 @@ def from_config_file(path: Path, auto: str, labels: Sequence[str] | None) -> Loa
     values = (
         read_config(path.parent if path.is_file() else path, str(path))
         if path.name == "config.json"
-        else _read_json(path)
+        else read_json(path)
     )
     kind = values.pop("model_type", None)
     if kind is None:
@@ -281,6 +289,7 @@ def from_config_file(path: Path, auto: str, labels: Sequence[str] | None) -> Loa
             f"{path} does not say which architecture it describes", hint='add "model_type", such as "bert"'
         )
     values.pop("transformers_version", None)
+    values |= more or {}
     if labels is not None:
         values |= {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
     with plain_model_errors(str(path)):
@@ -289,7 +298,12 @@ def from_config_file(path: Path, auto: str, labels: Sequence[str] | None) -> Loa
     return Loaded(model.eval(), None, str(path), None, path.parent, {"new_weights": ["all"], "dtype": "float32"})
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object of a file.
+
+    Raises:
+        ModelProblem: it holds something else.
+    """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:

@@ -201,3 +201,31 @@ ALL = {
     "metrics": METRICS,
     "exporters": EXPORTERS,
 }
+
+
+def check_fit(method: str, task: str) -> None:
+    """Refuse a method for a task that lacks what it needs.
+
+    Raises:
+        UsageProblem: says why, and which methods fit.
+    """
+    facts = METHODS.info(method).facts
+    tasks = facts.get("tasks", frozenset())
+    if not tasks or task in tasks:
+        return
+    fitting = [name for name in METHODS.names() if task in METHODS.info(name).facts.get("tasks", ())]
+    raise UsageProblem(
+        f"method '{method}' does not fit task '{task}'",
+        why=_misfit(facts, task),
+        hint=f"methods for {task}: {', '.join(fitting)}" if fitting else "see: kdtool methods ls",
+    )
+
+
+def _misfit(facts: Mapping[str, Any], task: str) -> str:
+    """Why a method does not fit a task, in one line."""
+    classifies = task in TASKS.names() and TASKS.info(task).facts.get("classifies", True)
+    if not classifies and all(TASKS.info(name).facts.get("classifies", True) for name in facts["tasks"]):
+        return f"it compares examples, each of one class, and a unit of {task} is a token"
+    if facts.get("needs"):
+        return f"it needs {facts['needs']}"
+    return f"it is for {', '.join(sorted(facts['tasks']))}"

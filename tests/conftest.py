@@ -38,7 +38,8 @@ def _one_thread() -> None:
 def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """`models(NAME)`: the folder of a tiny model, made once; tests must not write into it.
 
-    Names: bert, bert-small, bert-permuted, vit, vit-small, resnet, wav2vec, wav2vec-small, llama, llama-small.
+    Names: bert, bert-small, bert-permuted, vit, vit-small, resnet, wav2vec, wav2vec-small,
+    tabular, tabular-small, llama, llama-small.
     """
     from tests import tiny
 
@@ -52,6 +53,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         "resnet": tiny.resnet,
         "wav2vec": tiny.wav2vec,
         "wav2vec-small": lambda folder: tiny.wav2vec(folder, layers=1, seed=2),
+        "tabular": tiny.tabular,
+        "tabular-small": lambda folder: tiny.tabular(folder, layers=1, seed=2),
         "llama": tiny.llama,
         "llama-small": lambda folder: tiny.llama(folder, layers=2, seed=2),
     }
@@ -65,7 +68,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`data(NAME)`: a tiny data folder, made once: text, pairs, images, audio, plain."""
+    """`data(NAME)`: a tiny data folder, made once: text, pairs, images, audio, table, plain."""
     from tests import tiny
 
     root = tmp_path_factory.mktemp("data")
@@ -74,6 +77,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         "pairs": lambda folder: tiny.text_data(folder, pairs=True),
         "images": tiny.image_data,
         "audio": tiny.audio_data,
+        "table": tiny.table_data,
         "plain": tiny.plain_text,
     }
 

@@ -20,6 +20,7 @@ PARTS = {
     "text-classification": ("bert", "bert-small", "pairs"),
     "image-classification": ("vit", "vit-small", "images"),
     "audio-classification": ("wav2vec", "wav2vec-small", "audio"),
+    "tabular-classification": ("tabular", "tabular-small", "table"),
     "causal-lm": ("llama", "llama-small", "plain"),
 }
 """Task to teacher, student (see `models` in conftest) and data."""

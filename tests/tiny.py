@@ -15,6 +15,8 @@ import transformers
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from kdtool.modeling import TabularConfig, TabularProcessor
+
 LABELS = ["bad", "good", "so so"]
 WIDTH = 16
 SIDE = 8
@@ -163,6 +165,26 @@ def wav2vec(folder: Path, layers: int = 2, labels: Sequence[str] = LABELS, seed:
     return _save(config, "AutoModelForAudioClassification", folder, seed)
 
 
+def tabular(folder: Path, layers: int = 2, labels: Sequence[str] = LABELS, seed: int = 1) -> Path:
+    """A classifier of rows, its processor fitted on the training rows of `table_data`."""
+    processor = _fitted(table_rows(30, 7))
+    processor.save_pretrained(folder)
+    config = TabularConfig(
+        hidden_size=WIDTH,
+        num_hidden_layers=layers,
+        intermediate_size=WIDTH,
+        embedding_size=4,
+        **processor.sizes,
+        **names_of(labels),
+    )
+    return _save(config, "AutoModel", folder, seed)
+
+
+def _fitted(rows: Sequence[dict]) -> TabularProcessor:
+    numbers = {name: np.array([row[name] for row in rows], dtype=float) for name in ("size", "weight")}
+    return TabularProcessor.fit(numbers, {"kind": [row["kind"] for row in rows]})
+
+
 def llama(folder: Path, layers: int = 4, seed: int = 1) -> Path:
     """A causal language model with rotary positions."""
     save_lm_tokenizer(folder)
@@ -243,6 +265,26 @@ def audio_data(folder: Path, each: int = 5) -> Path:
                     file.setsampwidth(2)
                     file.setframerate(RATE)
                     file.writeframes((sound * 10000).astype("<i2").tobytes())
+    return folder
+
+
+def table_rows(size: int, seed: int) -> list[dict]:
+    """Rows with `size`, `weight` (sometimes missing), `kind` and `label`; the class decides all but the weight."""
+    generator = np.random.default_rng(seed)
+    rows = []
+    for i in range(size):
+        index = i % len(LABELS)
+        weight = None if i % 5 == 4 else float(generator.normal())
+        kind = str(generator.choice(["oak", "elm", "ash"][index:]))
+        rows.append({"size": index + float(generator.normal(0, 0.3)), "weight": weight, "kind": kind})
+        rows[-1]["label"] = LABELS[index]
+    return rows
+
+
+def table_data(folder: Path, train: int = 30, test: int = 12) -> Path:
+    """train.jsonl and test.jsonl with two columns of numbers, one of names and `label`."""
+    write_rows(folder / "train.jsonl", table_rows(train, 7))
+    write_rows(folder / "test.jsonl", table_rows(test, 8))
     return folder
 
 

@@ -8,7 +8,7 @@ from kdtool import benchmarks
 from kdtool.config import RunConfig
 from kdtool.errors import OutputProblem, UsageProblem, nearest
 from kdtool.gates import parse_gates
-from kdtool.registry import EXPORTERS, METHODS, TASKS
+from kdtool.registry import EXPORTERS, METHODS, TASKS, check_fit
 
 MARKER = ".kdtool/run.json"
 """File by which an output folder is known to hold an unfinished run; the pipeline decides whether it is this one."""
@@ -60,15 +60,8 @@ def _check_distill(config: RunConfig) -> None:
         raise UsageProblem("no student given", hint="add --student MODEL, such as a folder, a Hub id or layers:4")
     if config.data.source is None and config.eval.benchmark is None:
         raise UsageProblem("no data given", hint="add --data DATA: a Hub id, folder, file or shipped set")
-    tasks = facts.get("tasks", frozenset())
-    if tasks and config.data.task is not None and config.data.task not in tasks:
-        fitting = [other for other in METHODS.names() if config.data.task in METHODS.info(other).facts.get("tasks", ())]
-        hint = f"methods for {config.data.task}: {', '.join(fitting)}" if fitting else "see: kdtool methods ls"
-        raise UsageProblem(
-            f"method '{name}' does not fit task '{config.data.task}'",
-            why=f"it is for {', '.join(sorted(tasks))}",
-            hint=hint,
-        )
+    if config.data.task is not None:
+        check_fit(name, config.data.task)
     _need_output(config)
 
 

@@ -7,6 +7,7 @@ import pyarrow as pa
 from kdtool.config import DataSection
 from kdtool.errors import DataProblem, nearest
 
+# A role of many columns, `features`, is filled in kdtool.data.table.
 ROLES = ("text", "text_pair", "label", "image", "audio")
 
 # The first name of each role wins when it is there; the others have to be alone.

@@ -15,6 +15,7 @@ from kdtool.data.layout import SHIPPED, RawSplit, Source, open_disk, shipped_nam
 from kdtool.data.media import AudioColumn, ImageColumn
 from kdtool.data.readers import table_suffix
 from kdtool.data.splits import SplitPlan, choose, hold_out, plan_splits
+from kdtool.data.table import FEATURES, FeatureRows, feature_names
 from kdtool.errors import DataProblem, UsageProblem, nearest
 from kdtool.run import Run
 
@@ -31,11 +32,11 @@ def load_data(
 
     Columns of the examples are named by role: `text` and `text_pair` are lists of str, `label` is an
     int64 array of class ids, `image` and `audio` decode on indexing (a PIL image in RGB mode; a dict of
-    `array`, float32 mono samples, and `sampling_rate` in Hz).
+    `array`, float32 mono samples, and `sampling_rate` in Hz), `features` are `FeatureRows`.
 
     Args:
         config: Source, columns, splits and limits.
-        columns: Roles the task needs, out of text, text_pair, label, image, audio.
+        columns: Roles the task needs, out of text, text_pair, label, image, audio, features.
         optional: Roles the task can use; taken where every split has them.
         run: Gives seed, cache folder, offline mode, and the reporter that hears of guesses.
         score_only: Nothing will be trained: a source with a single split is scored in full instead of
@@ -51,7 +52,11 @@ def load_data(
     raw = {name: _read(source, name) for name in plan.names}
     roles = _roles(raw, config, columns, optional, run)
     labels, ids = _labels(raw, roles, source, config, plan)
+    features = _features(raw, config, roles) if FEATURES in columns else None
     tables = {name: _examples(split, roles, name, source.root, ids.get(name)) for name, split in raw.items()}
+    for name, split in raw.items() if features else ():
+        table = FeatureRows(split.table.select(features), f"split '{name}'", split.untyped)
+        tables[name] = Examples({FEATURES: table, **tables[name].columns})
     train = tables[plan.train] if plan.train else None
     if plan.test:
         test = tables[plan.test]
@@ -129,12 +134,21 @@ def _roles(
     raw: Mapping[str, RawSplit], config: DataSection, columns: tuple[str, ...], optional: tuple[str, ...], run: Run
 ) -> dict[str, str]:
     """Roles that hold for every split; guesses are said aloud."""
-    kinds = [column_kinds(split.table.schema) for split in raw.values()]
-    shared = {name: kind for name, kind in kinds[0].items() if all(name in other for other in kinds)}
-    roles = resolve_roles(shared, config, columns, optional)
+    roles = resolve_roles(_shared_kinds(raw), config, columns, optional)
     if any(getattr(config, role) is None for role in roles):
         run.reporter.info("columns: " + ", ".join(f"{role}={column}" for role, column in roles.items()))
     return roles
+
+
+def _shared_kinds(raw: Mapping[str, RawSplit]) -> dict[str, str]:
+    """Kinds of the columns that every split has."""
+    kinds = [column_kinds(split.table.schema) for split in raw.values()]
+    return {name: kind for name, kind in kinds[0].items() if all(name in other for other in kinds)}
+
+
+def _features(raw: Mapping[str, RawSplit], config: DataSection, roles: Mapping[str, str]) -> list[str]:
+    """Columns of the role of many columns."""
+    return feature_names(_shared_kinds(raw), config, roles.get("label"))
 
 
 def _labels(

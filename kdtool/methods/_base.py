@@ -53,6 +53,8 @@ class Method(nn.Module):
 
     paper: ClassVar[str] = ""
     tasks: ClassVar[frozenset[str]] = frozenset()
+    needs: ClassVar[str] = ""
+    """What the tasks it leaves out do not have, such as feature maps; said when it is asked for one of them."""
     teachers: ClassVar[tuple[int, int]] = (1, 1)
     """Fewest and most teachers."""
     reads_teacher: ClassVar[bool] = True

@@ -49,7 +49,9 @@ class Method(_maps.PairMethod):
     """Correlation congruence: differences of neighbouring examples must go together."""
 
     paper: ClassVar[str] = "Peng et al.: Correlation Congruence for Knowledge Distillation, 2019, arXiv:1904.01802"
-    tasks: ClassVar[frozenset[str]] = frozenset({"text-classification", "image-classification", "audio-classification"})
+    tasks: ClassVar[frozenset[str]] = frozenset(
+        {"text-classification", "image-classification", "audio-classification", "tabular-classification"}
+    )
     batchwise: ClassVar[bool] = True
 
     def build(self, student: _terms.Side, teacher: _terms.Side | None, data: Examples) -> None:

@@ -91,7 +91,9 @@ class Method(_maps.PairMethod):
     """Contrastive representation distillation: tell the teacher's view of an example from others'."""
 
     paper: ClassVar[str] = "Tian, Krishnan, Isola: Contrastive Representation Distillation, 2020, arXiv:1910.10699"
-    tasks: ClassVar[frozenset[str]] = frozenset({"text-classification", "image-classification", "audio-classification"})
+    tasks: ClassVar[frozenset[str]] = frozenset(
+        {"text-classification", "image-classification", "audio-classification", "tabular-classification"}
+    )
     batchwise: ClassVar[bool] = True
     needs_rows: ClassVar[bool] = True
     minimum: ClassVar[str] = "other examples are pushed apart whatever the student says"

@@ -61,7 +61,9 @@ class Method(_terms.TermMethod):
     """Correlation instead of divergence: rows and columns of the probabilities need only correlate (DIST)."""
 
     paper: ClassVar[str] = "Huang et al.: Knowledge Distillation from A Stronger Teacher, 2022, arXiv:2205.10536"
-    tasks: ClassVar[frozenset[str]] = frozenset({"text-classification", "image-classification", "audio-classification"})
+    tasks: ClassVar[frozenset[str]] = frozenset(
+        {"text-classification", "image-classification", "audio-classification", "tabular-classification"}
+    )
     batchwise: ClassVar[bool] = True
     minimum: ClassVar[str] = "0 only up to the 1e-8 in the denominator, which counts where outputs hardly differ"
 

@@ -47,7 +47,9 @@ class Method(_maps.PairMethod):
     """FitNet hints: a trained map of the student's features must meet the teacher's."""
 
     paper: ClassVar[str] = "Romero et al.: FitNets: Hints for Thin Deep Nets, 2015, arXiv:1412.6550"
-    tasks: ClassVar[frozenset[str]] = frozenset({"text-classification", "image-classification", "audio-classification"})
+    tasks: ClassVar[frozenset[str]] = frozenset(
+        {"text-classification", "image-classification", "audio-classification", "tabular-classification"}
+    )
 
     def build(self, student: _terms.Side, teacher: _terms.Side | None, data: Examples) -> None:
         """Make the regressor."""

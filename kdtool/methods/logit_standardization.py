@@ -32,7 +32,7 @@ class Method(_terms.TermMethod):
         "Sun, Ren, Li, Wang, Cao: Logit Standardization in Knowledge Distillation, 2024, arXiv:2403.01427"
     )
     tasks: ClassVar[frozenset[str]] = frozenset(
-        {"text-classification", "image-classification", "audio-classification", "causal-lm"}
+        {"text-classification", "image-classification", "audio-classification", "tabular-classification", "causal-lm"}
     )
     golden: ClassVar[str] = "no reference values exist: checked against its formula in tests/test_divergences.py"
 

@@ -22,7 +22,7 @@ class Method(_base.Method):
 
     paper: ClassVar[str] = "no teacher"
     tasks: ClassVar[frozenset[str]] = frozenset(
-        {"text-classification", "image-classification", "audio-classification", "causal-lm"}
+        {"text-classification", "image-classification", "audio-classification", "tabular-classification", "causal-lm"}
     )
     teachers: ClassVar[tuple[int, int]] = (0, 1)
     reads_teacher: ClassVar[bool] = False

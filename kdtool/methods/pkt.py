@@ -54,7 +54,9 @@ class Method(_maps.PairMethod):
     paper: ClassVar[str] = (
         "Passalis, Tefas: Learning Deep Representations with Probabilistic Knowledge Transfer, 2018, arXiv:1803.10837"
     )
-    tasks: ClassVar[frozenset[str]] = frozenset({"text-classification", "image-classification", "audio-classification"})
+    tasks: ClassVar[frozenset[str]] = frozenset(
+        {"text-classification", "image-classification", "audio-classification", "tabular-classification"}
+    )
     batchwise: ClassVar[bool] = True
 
     def terms(

@@ -81,7 +81,9 @@ class Method(_maps.PairMethod):
     """Relational knowledge distillation: distances and angles between the examples of a batch."""
 
     paper: ClassVar[str] = "Park, Kim, Lu, Cho: Relational Knowledge Distillation, 2019, arXiv:1904.05068"
-    tasks: ClassVar[frozenset[str]] = frozenset({"text-classification", "image-classification", "audio-classification"})
+    tasks: ClassVar[frozenset[str]] = frozenset(
+        {"text-classification", "image-classification", "audio-classification", "tabular-classification"}
+    )
     batchwise: ClassVar[bool] = True
 
     def terms(

@@ -60,7 +60,9 @@ class Method(_terms.TermMethod):
     paper: ClassVar[str] = (
         "Chen et al.: Knowledge Distillation with the Reused Teacher Classifier, 2022, arXiv:2203.14001"
     )
-    tasks: ClassVar[frozenset[str]] = frozenset({"text-classification", "image-classification", "audio-classification"})
+    tasks: ClassVar[frozenset[str]] = frozenset(
+        {"text-classification", "image-classification", "audio-classification", "tabular-classification"}
+    )
     minimum: ClassVar[str] = "the projector starts at random"
     combinable: ClassVar[bool] = False
 

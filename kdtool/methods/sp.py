@@ -50,7 +50,9 @@ class Method(_maps.PairMethod):
     """Similarity preserving: which examples of a batch excite a network alike."""
 
     paper: ClassVar[str] = "Tung, Mori: Similarity-Preserving Knowledge Distillation, 2019, arXiv:1907.09682"
-    tasks: ClassVar[frozenset[str]] = frozenset({"text-classification", "image-classification", "audio-classification"})
+    tasks: ClassVar[frozenset[str]] = frozenset(
+        {"text-classification", "image-classification", "audio-classification", "tabular-classification"}
+    )
     batchwise: ClassVar[bool] = True
 
     def terms(

@@ -48,7 +48,9 @@ class Method(_terms.TermMethod):
         "Yang, Martinez, Bulat, Tzimiropoulos: Knowledge Distillation via Softmax Regression Representation Learning,"
         " ICLR 2021"
     )
-    tasks: ClassVar[frozenset[str]] = frozenset({"text-classification", "image-classification", "audio-classification"})
+    tasks: ClassVar[frozenset[str]] = frozenset(
+        {"text-classification", "image-classification", "audio-classification", "tabular-classification"}
+    )
     golden: ClassVar[str] = "no reference values exist: checked against its formula in tests/methods/test_srrl.py"
 
     def __init__(self, config: Config, student: Loaded, teachers: Sequence[Loaded], task: Task) -> None:

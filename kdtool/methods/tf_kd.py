@@ -76,7 +76,7 @@ class Method(_terms.TermMethod):
         "Yuan et al.: Revisiting Knowledge Distillation via Label Smoothing Regularization, 2020, arXiv:1909.11723"
     )
     tasks: ClassVar[frozenset[str]] = frozenset(
-        {"text-classification", "image-classification", "audio-classification", "causal-lm"}
+        {"text-classification", "image-classification", "audio-classification", "tabular-classification", "causal-lm"}
     )
     teachers: ClassVar[tuple[int, int]] = (0, 1)
     reads_teacher: ClassVar[bool] = False

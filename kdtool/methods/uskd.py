@@ -155,7 +155,9 @@ class Method(_terms.TermMethod):
         "Yang et al.: From Knowledge Distillation to Self-Knowledge Distillation: A Unified Approach with Normalized "
         "Loss and Customized Soft Labels, 2023, arXiv:2303.13005"
     )
-    tasks: ClassVar[frozenset[str]] = frozenset({"text-classification", "image-classification", "audio-classification"})
+    tasks: ClassVar[frozenset[str]] = frozenset(
+        {"text-classification", "image-classification", "audio-classification", "tabular-classification"}
+    )
     teachers: ClassVar[tuple[int, int]] = (0, 0)
     reads_teacher: ClassVar[bool] = False
     batchwise: ClassVar[bool] = True

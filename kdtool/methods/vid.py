@@ -60,7 +60,9 @@ class Method(_maps.PairMethod):
     paper: ClassVar[str] = (
         "Ahn et al.: Variational Information Distillation for Knowledge Transfer, 2019, arXiv:1904.05835"
     )
-    tasks: ClassVar[frozenset[str]] = frozenset({"text-classification", "image-classification", "audio-classification"})
+    tasks: ClassVar[frozenset[str]] = frozenset(
+        {"text-classification", "image-classification", "audio-classification", "tabular-classification"}
+    )
     golden: ClassVar[str] = "no reference values exist: checked against its formula in tests/methods/test_vid.py"
     minimum: ClassVar[str] = "the predictor starts at random"
 

@@ -60,7 +60,7 @@ class Method(_terms.TermMethod):
         "arXiv:2102.00650"
     )
     tasks: ClassVar[frozenset[str]] = frozenset(
-        {"text-classification", "image-classification", "audio-classification", "causal-lm"}
+        {"text-classification", "image-classification", "audio-classification", "tabular-classification", "causal-lm"}
     )
     minimum: ClassVar[str] = "a cross-entropy: a student equal to its teacher is left with the teacher's entropy"
 

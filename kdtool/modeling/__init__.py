@@ -5,6 +5,8 @@ The `model_type` of each starts with `kdtool-`: by that `kdtool._autoload` knows
 
 from transformers import (
     AutoConfig,
+    AutoFeatureExtractor,
+    AutoModel,
     AutoModelForAudioClassification,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
@@ -17,7 +19,10 @@ from kdtool.modeling.simkd import (
     SimKDForAudioClassification,
     SimKDForImageClassification,
     SimKDForSequenceClassification,
+    SimKDForTabularClassification,
 )
+from kdtool.modeling.tabular import TabularClassifier, TabularConfig
+from kdtool.modeling.tabular_processor import TabularProcessor
 
 __all__ = [
     "CifarResNetConfig",
@@ -28,6 +33,10 @@ __all__ = [
     "SimKDForAudioClassification",
     "SimKDForImageClassification",
     "SimKDForSequenceClassification",
+    "SimKDForTabularClassification",
+    "TabularClassifier",
+    "TabularConfig",
+    "TabularProcessor",
 ]
 
 AutoConfig.register(SentenceClassifierConfig.model_type, SentenceClassifierConfig, exist_ok=True)
@@ -38,3 +47,7 @@ AutoConfig.register(SimKDConfig.model_type, SimKDConfig, exist_ok=True)
 AutoModelForAudioClassification.register(SimKDConfig, SimKDForAudioClassification, exist_ok=True)
 AutoModelForImageClassification.register(SimKDConfig, SimKDForImageClassification, exist_ok=True)
 AutoModelForSequenceClassification.register(SimKDConfig, SimKDForSequenceClassification, exist_ok=True)
+AutoModel.register(SimKDConfig, SimKDForTabularClassification, exist_ok=True)
+AutoConfig.register(TabularConfig.model_type, TabularConfig, exist_ok=True)
+AutoModel.register(TabularConfig, TabularClassifier, exist_ok=True)
+AutoFeatureExtractor.register(TabularConfig, TabularProcessor, exist_ok=True)

@@ -152,6 +152,13 @@ class SimKDForAudioClassification(SimKDModel):
     main_input_name = "input_values"
 
 
+class SimKDForTabularClassification(SimKDModel):
+    """A SimKD student on rows of tables."""
+
+    auto_class_name = "AutoModel"
+    main_input_name = "numeric"
+
+
 KINDS = {kind.auto_class_name: kind for kind in SimKDModel.__subclasses__()}
 """Name of an Auto class to the SimKD student it loads."""
 

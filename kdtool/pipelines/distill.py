@@ -20,7 +20,7 @@ from kdtool.pipelines.prove import compare
 from kdtool.pipelines.push import check_push, push
 from kdtool.pipelines.teacher import fine_tuned
 from kdtool.proof import Proof, Result
-from kdtool.registry import METHODS
+from kdtool.registry import METHODS, check_fit
 from kdtool.report import write_manifest, write_report
 from kdtool.run import Run
 from kdtool.saving import save_model
@@ -60,11 +60,7 @@ def get_ready(config: RunConfig, run: Run) -> Ready:
     task = setup.pick_task(config, config.teacher.model or config.student.model, run)
     setup.check_metrics(config, task)
     facts = METHODS.info(config.method_name).facts
-    if task.name not in facts["tasks"]:
-        fitting = [name for name in METHODS.names() if task.name in METHODS.info(name).facts["tasks"]]
-        raise UsageProblem(
-            f"method {config.method_name} does not fit {task.name}", hint=f"methods that do: {', '.join(fitting)}"
-        )
+    check_fit(config.method_name, task.name)
     if config.output.save_teacher and not (facts.get("trains_teacher") and config.teacher.model):
         raise UsageProblem(
             f"--save-teacher: method {config.method_name} trains no teacher", hint="bd-kd, dml and kdcl train theirs"

@@ -26,6 +26,7 @@ from kdtool.models import (
     load_model,
     plain_model_errors,
     read_config,
+    read_json,
     resolve,
 )
 from kdtool.pipelines.architectures import task_by_optimum
@@ -41,6 +42,7 @@ _TASK_OF_AUTO = {
     "AutoModelForAudioClassification": "audio-classification",
     "AutoModelForCausalLM": "causal-lm",
 }
+_TABULAR = frozenset({"kdtool-tabular", "TabularClassifier", "SimKDForTabularClassification"})
 
 
 def make_run(config: RunConfig, reporter: Reporter | None = None, command_line: str = "") -> Run:
@@ -117,11 +119,10 @@ def pick_task(config: RunConfig, reference: str | None, run: Run) -> Task:
     if name is None and reference is not None:
         path = Path(reference).expanduser()
         if path.suffix == ".json" and path.is_file():
-            values: dict[str, Any] = {}
+            name = _task_without_auto(read_json(path))
         else:
             folder, _ = resolve(reference, run, _role(config, reference))
-            values = read_config(folder, reference)
-        name = _TASK_OF_AUTO.get(auto_class_of(values)) or task_by_optimum(values)
+            name = _task_of(read_config(folder, reference))
     if name is None:
         roles = [key for key in ("text", "image", "audio") if getattr(config.data, key)]
         guess = {"text": "text-classification", "image": "image-classification", "audio": "audio-classification"}
@@ -131,6 +132,17 @@ def pick_task(config: RunConfig, reference: str | None, run: Run) -> Task:
     config.data.task = TASKS.check(name)
     task: Task = TASKS.get(name)()
     return task
+
+
+def _task_of(values: dict[str, Any]) -> str | None:
+    """The task of a model by its config.json."""
+    return _task_without_auto(values) or _TASK_OF_AUTO.get(auto_class_of(values)) or task_by_optimum(values)
+
+
+def _task_without_auto(values: dict[str, Any]) -> str | None:
+    """The task of those architectures of kdtool for which transformers has no Auto class of its own."""
+    names = [str(values.get("model_type")), *map(str, values.get("architectures") or ())]
+    return "tabular-classification" if any(name in _TABULAR for name in names) else None
 
 
 def _role(config: RunConfig, reference: str) -> str:
@@ -164,16 +176,10 @@ def load_processor(loaded: Loaded, task: Task, run: Run, fallback: Loaded | None
     Raises:
         ModelProblem: the folder has none and there is nothing to fall back on.
     """
-    names = {
-        "AutoTokenizer": ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "tokenizer.model", "spiece.model")
-    }
-    wanted = names.get(task.processor_class, ("preprocessor_config.json", "processor_config.json"))
-    if loaded.folder is not None and any((loaded.folder / name).is_file() for name in wanted):
-        options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": run.trust_remote_code}
-        if task.processor_class == "AutoImageProcessor":
-            options["backend"] = "pil"
-        with plain_model_errors(loaded.ref):
-            loaded.processor = auto_class(task.processor_class).from_pretrained(loaded.folder, **options)
+    wanted = _processor_files(task)
+    found = stored_processor(loaded.folder, loaded.ref, task, run)
+    if found is not None:
+        loaded.processor = found
     elif fallback is not None and fallback.processor is not None:
         loaded.processor = fallback.processor
     elif loaded.processor is None:
@@ -182,6 +188,45 @@ def load_processor(loaded: Loaded, task: Task, run: Run, fallback: Loaded | None
             why=f"none of {', '.join(wanted[:2])}",
             hint="copy them from the model it came from",
         )
+
+
+def _processor_files(task: Task) -> tuple[str, ...]:
+    names = {
+        "AutoTokenizer": ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "tokenizer.model", "spiece.model")
+    }
+    return names.get(task.processor_class, ("preprocessor_config.json", "processor_config.json"))
+
+
+def stored_processor(folder: Path | None, ref: str, task: Task, run: Run) -> Any:
+    """The processor whose files a folder holds; None where it holds none."""
+    if folder is None or not any((folder / name).is_file() for name in _processor_files(task)):
+        return None
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": run.trust_remote_code}
+    if task.processor_class == "AutoImageProcessor":
+        options["backend"] = "pil"
+    with plain_model_errors(ref):
+        return auto_class(task.processor_class).from_pretrained(folder, **options)
+
+
+def described(
+    path: Path, task: Task, data: DataSplits, config: RunConfig, run: Run, teacher: Loaded | None = None
+) -> Loaded:
+    """A model with random weights from a configuration file, with its processor.
+
+    The processor is the one beside the file, else the teacher's, else one fitted on the training
+    rows where the task can; the model gets as many inputs as it makes.
+
+    Raises:
+        ModelProblem: the file does not fit, or there is no processor.
+    """
+    processor = stored_processor(path.parent, str(path), task, run)
+    if processor is None:
+        processor = teacher.processor if teacher is not None else task.fit_processor(data.train, config, run)
+    more = task.model_values(processor) if processor is not None else {}
+    loaded = from_config_file(path, task.auto_class, data.labels, more)
+    loaded.processor = processor
+    load_processor(loaded, task, run, teacher)
+    return loaded
 
 
 def processor_key(processor: Any) -> str:
@@ -234,11 +279,8 @@ def load_teacher(config: RunConfig, task: Task, data: DataSplits, run: Run) -> L
     assert reference is not None
     path = Path(reference).expanduser()
     if path.suffix == ".json" and path.is_file():
-        teacher = from_config_file(path, task.auto_class, data.labels)
-    else:
-        teacher = load_model(
-            reference, task.auto_class, run, "teacher", data.labels if config.teacher.fine_tune else None
-        )
+        return described(path, task, data, config, run)
+    teacher = load_model(reference, task.auto_class, run, "teacher", data.labels if config.teacher.fine_tune else None)
     load_processor(teacher, task, run)
     return teacher
 
@@ -290,8 +332,7 @@ def load_student(config: RunConfig, task: Task, data: DataSplits, teacher: Loade
             raise UsageProblem(f"--student {reference} needs a teacher", hint="name the model whose layers to take")
         student = from_layers(teacher, reference)
     elif path.suffix == ".json" and path.is_file():
-        student = from_config_file(path, task.auto_class, data.labels)
-        load_processor(student, task, run, teacher)
+        student = described(path, task, data, config, run, teacher)
     else:
         student = load_model(reference, task.auto_class, run, "student", data.labels)
         load_processor(student, task, run, teacher)

@@ -80,6 +80,14 @@ class Task:
     classifies: ClassVar[bool] = True
     """True if units are examples with one class each."""
 
+    def fit_processor(self, rows: Examples | None, config: RunConfig, run: Run) -> Any:
+        """What makes the inputs, learnt from raw training rows; None for tasks whose models bring it along."""
+        return None
+
+    def model_values(self, processor: Any) -> dict[str, Any]:
+        """What a processor says of a model's configuration, such as the number of inputs."""
+        return {}
+
     def encode(self, rows: Examples, loaded: Loaded, config: RunConfig, run: Run, prefix: str = "") -> Examples:
         """Turn raw rows into model inputs (token ids, pixel values), once, with lengths for bucketing.
 
