@@ -101,7 +101,9 @@ class Method(_online.OnlineMethod):
     paper: ClassVar[str] = (
         "Amara et al., BD-KD: Balancing the Divergences for Online Knowledge Distillation, 2022, arXiv 2212.12965"
     )
-    tasks: ClassVar[frozenset[str]] = frozenset({"text-classification", "image-classification", "audio-classification"})
+    tasks: ClassVar[frozenset[str]] = frozenset(
+        {"text-classification", "image-classification", "audio-classification", "tabular-classification"}
+    )
     trains_teacher: ClassVar[bool] = True
     minimum: ClassVar[str] = "the cross-entropy of both networks pulls on weights that are equal"
 

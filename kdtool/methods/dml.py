@@ -44,7 +44,9 @@ class Method(_online.OnlineMethod):
     """DML; a given teacher is the student's peer."""
 
     paper: ClassVar[str] = "Zhang et al., Deep Mutual Learning, CVPR 2018, arXiv 1706.00384"
-    tasks: ClassVar[frozenset[str]] = frozenset({"text-classification", "image-classification", "audio-classification"})
+    tasks: ClassVar[frozenset[str]] = frozenset(
+        {"text-classification", "image-classification", "audio-classification", "tabular-classification"}
+    )
     teachers: ClassVar[tuple[int, int]] = (0, 1)
     trains_teacher: ClassVar[bool] = True
     golden: ClassVar[str] = "no reference code was run; tests/methods/test_online.py holds it to its equation"

@@ -69,7 +69,9 @@ class Method(_online.OnlineMethod):
     """KDCL; a given teacher is one of the networks."""
 
     paper: ClassVar[str] = "Guo et al., Online Knowledge Distillation via Collaborative Learning, CVPR 2020"
-    tasks: ClassVar[frozenset[str]] = frozenset({"text-classification", "image-classification", "audio-classification"})
+    tasks: ClassVar[frozenset[str]] = frozenset(
+        {"text-classification", "image-classification", "audio-classification", "tabular-classification"}
+    )
     teachers: ClassVar[tuple[int, int]] = (0, 1)
     trains_teacher: ClassVar[bool] = True
     batchwise: ClassVar[bool] = True
