@@ -1,0 +1,103 @@
+"""KDEformer: exact attention to the block of keys that hash alike, and an importance sample of the others.
+
+Queries and keys are sorted by hyperplane hashes in an order that changes one bit at a time. Block t of the
+queries attends exactly to block t of the keys; m keys, drawn with P_j ~ |V+_j| / lam + 1/n (V+ = [V, 1], lam the
+largest eigenvalue of V+^T V+), stand for the rest with weights 1 / (m P_j). The defects of the published code
+(no maximum subtracted, fixed multiples, no masks) are mended. Causal attention is computed exactly.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional
+
+from kdtool.attention import _lsh, exact
+from kdtool.attention._base import Call, State, generator
+
+paper: str = (
+    "Zandieh et al., KDEformer: Accelerating Transformers via Kernel Density Estimation, ICML 2023, arXiv 2302.02451"
+)
+causal: bool = False
+
+_STEPS = 32
+"""Power iterations for lam."""
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Sizes of block and sample."""
+
+    bucket: Annotated[int, Field(ge=1)] = 256
+    """b, keys in a block."""
+    samples: Annotated[int, Field(ge=0)] = 256
+    """m, keys drawn for the rest."""
+    projections: Annotated[int, Field(ge=1, le=30)] = 7
+    """r, hyperplanes of the hash."""
+    min_length: Annotated[int, Field(ge=0)] = 4096
+    """Fewer keys than this are attended to exactly."""
+
+
+def probabilities(v: Tensor, valid: Tensor | None = None) -> Tensor:
+    """P_j ~ |V+_j| / lam + 1/n over keys.
+
+    Args:
+        v: [X, n, dv]
+        valid: [X, n] keys that count; None for all.
+
+    Returns:
+        [X, n] of sum 1, 0 for keys that do not count.
+    """
+    plus = functional.pad(v.float(), (0, 1), value=1.0)
+    if valid is not None:
+        plus = plus * valid.unsqueeze(-1)
+    gram = plus.mT @ plus
+    x = torch.ones_like(gram[..., :1])
+    for _ in range(_STEPS):
+        x = gram @ x
+        x = x / x.norm(dim=1, keepdim=True).clamp_min(1e-30)
+    largest = (x.mT @ gram @ x).squeeze(-1).clamp_min(1e-30)
+    p: Tensor = torch.linalg.vector_norm(plus, dim=-1) / largest + 1.0 / v.shape[1]
+    if valid is not None:
+        p = p * valid
+    total: Tensor = p.sum(-1, keepdim=True)
+    return p / total.clamp_min(1e-30)
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, call: Call, config: Config | None = None, state: State | None = None
+) -> tuple[Tensor, Tensor]:
+    """Approximate attention; exact below `min_length` keys, in one block, causal, with windows and with biases.
+
+    Args:
+        q: [B, Hq, nq, d]
+        k: [B, Hkv, n, d]
+        v: [B, Hkv, n, dv]
+        call: Scale, key mask, seed of hyperplanes and samples.
+        config: Settings.
+        state: Not used.
+
+    Returns:
+        out [B, Hq, nq, dv] and lse [B, Hq, nq], the log of the estimated denominator.
+    """
+    config = config or Config()
+    n = k.shape[2]
+    if call.causal or call.window is not None or call.bias is not None or n <= config.bucket or n < config.min_length:
+        return exact.attend(q, k, v, call)
+    rows, keys, values, valid = _lsh.folded(q, k, v, call)
+    with torch.no_grad():
+        query_order, key_order = _lsh.sorted_by_hash(rows, keys, valid, config.projections, call.seed)
+        samples = weights = None
+        if config.samples:
+            p = probabilities(values, valid).gather(1, key_order)
+            safe = p + (p.sum(-1, keepdim=True) == 0)
+            draw = generator(call.seed + 1, q.device)
+            samples = torch.multinomial(safe, config.samples, replacement=True, generator=draw)
+            weights = -torch.log(config.samples * p.gather(1, samples))
+            weights = weights.masked_fill(torch.isinf(weights), float("-inf"))
+    out, lse = _lsh.blocks_and_samples(
+        rows, keys, values, query_order, key_order, config.bucket, samples, weights, call.scale, valid
+    )
+    return out.reshape(*q.shape[:3], -1), lse.reshape(q.shape[:3])

@@ -1,0 +1,158 @@
+"""What every registered attention operator must do, on small inputs with its approximation switched on."""
+
+import pytest
+import torch
+
+from kdtool.attention import exact
+from kdtool.attention._base import Call
+from kdtool.registry import ATTENTION
+
+SMALL = {"bucket": 8, "samples": 8, "leaf": 4, "near": 2, "block": 8, "pilots": 8, "chunk": 16, "min_length": 0}
+each = pytest.mark.parametrize("name", ATTENTION.names())
+
+
+def operator(name, **values):
+    """`attend` of an operator with settings small enough for the tests."""
+    known = {setting.name for setting in ATTENTION.info(name).settings}
+    config = ATTENTION.build_config(name, {k: v for k, v in (SMALL | values).items() if k in known})
+    attend = ATTENTION.get(name)
+    return lambda q, k, v, call: attend(q, k, v, call, config)
+
+
+def inputs(nq=45, n=45, heads=4, kv=4, wide=8, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    return draw(2, heads, nq, 8), draw(2, kv, n, 8), draw(2, kv, n, wide)
+
+
+def mask(n=45):
+    """The second row is padded in front and behind."""
+    seen = torch.ones(2, n, dtype=torch.bool)
+    seen[1, :5] = seen[1, -7:] = False
+    return seen
+
+
+CALLS = {
+    "plain": Call(0.35),
+    "mask": Call(0.35, mask()),
+    "causal": Call(0.35, causal=True),
+    "causal mask": Call(0.35, mask(), True),
+    "window": Call(0.35, window=6),
+    "causal window": Call(0.35, mask(), True, 6),
+}
+any_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+
+
+@each
+def test_says_where_it_comes_from(name):
+    info = ATTENTION.info(name)
+    assert info.summary.endswith(".")
+    assert info.facts["paper"]
+    assert isinstance(info.facts["causal"], bool)
+    assert all(setting.doc for setting in info.settings)
+
+
+@each
+@any_call
+@pytest.mark.parametrize("kv", [4, 2, 1])
+def test_equal_values_come_out_as_they_are(name, call, kv):
+    q, k, v = inputs(kv=kv)
+    out, lse = operator(name)(q, k, torch.ones_like(v), call)
+    seen = ~torch.isinf(lse)
+    torch.testing.assert_close(out, seen.unsqueeze(-1).expand_as(out).float(), rtol=0, atol=1e-5)
+    assert out.shape == (2, 4, 45, 8)
+    assert lse.shape == (2, 4, 45)
+
+
+@each
+@any_call
+def test_masked_keys_change_nothing(name, call):
+    q, k, v = inputs()
+    before = operator(name)(q, k, v, call)[0]
+    if call.key_mask is None:
+        return
+    gone = ~call.key_mask[:, None, :, None]
+    after = operator(name)(q, k.masked_fill(gone, 50.0), v.masked_fill(gone, -50.0), call)[0]
+    assert after.equal(before)
+
+
+@each
+def test_causal_rows_do_not_see_what_comes_later(name):
+    q, k, v = inputs(nq=80, n=80)
+    call = Call(0.35, causal=True)
+    before = operator(name)(q, k, v, call)[0]
+    for cut in (10, 37, 79):
+        changed = [x.clone() for x in (q, k, v)]
+        for x in changed:
+            x[:, :, cut:] += 3.0
+        assert operator(name)(*changed, call)[0][:, :, :cut].equal(before[:, :, :cut])
+
+
+@each
+@pytest.mark.parametrize(("nq", "n", "wide"), [(1, 45, 8), (64, 33, 8), (20, 100, 12), (45, 45, 3)])
+def test_any_lengths_and_widths(name, nq, n, wide):
+    q, k, v = inputs(nq, n, kv=2, wide=wide)
+    out, _ = operator(name)(q, k, v, Call(0.35))
+    assert out.shape == (2, 4, nq, wide)
+    assert torch.isfinite(out).all()
+
+
+@each
+def test_short_inputs_are_exact(name):
+    q, k, v = inputs()
+    call = Call(0.35, mask())
+    expected = exact.attend(q, k, v, call)[0]
+    torch.testing.assert_close(operator(name, min_length=100)(q, k, v, call)[0], expected)
+
+
+@each
+def test_settings_that_leave_nothing_out_are_exact(name):
+    q, k, v = inputs(n=32, nq=32)
+    expected = exact.attend(q, k, v, Call(0.35))[0]
+    for values in ({"leaf": 1, "bucket": 32}, {"leaf": 4, "near": 8, "bucket": 32}):
+        torch.testing.assert_close(operator(name, **values)(q, k, v, Call(0.35))[0], expected, rtol=0, atol=1e-5)
+
+
+@each
+def test_large_logits_stay_finite(name):
+    q, k, v = inputs()
+    out, _ = operator(name)(q * 60, k * 60, v, Call(0.35))
+    assert torch.isfinite(out).all()
+
+
+@each
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_near_single(name, dtype):
+    q, k, v = inputs(dtype=dtype)
+    out, _ = operator(name)(q, k, v, Call(0.35))
+    assert out.dtype == dtype
+    assert torch.isfinite(out).all()
+
+
+@each
+def test_same_seed_same_answer_and_no_global_draws(name):
+    q, k, v = inputs()
+    before = torch.get_rng_state()
+    first, second = (operator(name)(q, k, v, Call(0.35, seed=3))[0] for _ in range(2))
+    assert first.equal(second)
+    assert torch.get_rng_state().equal(before)
+
+
+@each
+@pytest.mark.parametrize("causal", [False, True])
+def test_gradients_match_differences(name, causal):
+    q, k, v = (x[:1, :2, :20].double().requires_grad_() for x in inputs(dtype=torch.float64))
+    call = Call(0.35, causal=causal)
+    out, _ = operator(name)(q, k, v, call)
+    upstream = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    # orders, weights and samples are constant in the gradient, and depend on q and k: only v is held to differences
+    (found,) = torch.autograd.grad((out * upstream).sum(), v)
+    step = torch.randn(v.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) * 1e-6
+    if name != "kdeformer":  # whose sampling depends on v, too
+        with torch.no_grad():
+            ends = [(operator(name)(q, k, v + sign * step, call)[0] * upstream).sum() for sign in (1, -1)]
+        torch.testing.assert_close((found * step).sum(), (ends[0] - ends[1]) / 2, rtol=1e-4, atol=1e-12)
+    assert all(torch.isfinite(g).all() for g in torch.autograd.grad(operator(name)(q, k, v, call)[0].sum(), (q, k, v)))
