@@ -54,3 +54,25 @@ def repeat_heads(x: Tensor, heads: int) -> Tensor:
 def generator(seed: int, device: torch.device) -> torch.Generator:
     """A generator of its own for one call."""
     return torch.Generator(device=device).manual_seed(seed)
+
+
+def counted(call: Call, kv: int, groups: int, nq: int, n: int) -> tuple[Tensor | None, Tensor | None]:
+    """Which keys and which rows count, with the query heads of a key head folded into its rows.
+
+    In self-attention a position that is padding as a key is padding as a query: its row must not steer
+    what other rows get.
+
+    Args:
+        call: Holds the key mask [B, n].
+        kv: Key heads.
+        groups: Query heads of a key head.
+        nq: Queries.
+        n: Keys.
+
+    Returns:
+        [B kv, n] and [B kv, groups nq] bool; None where all count.
+    """
+    if call.key_mask is None:
+        return None, None
+    keys = call.key_mask.repeat_interleave(kv, 0)
+    return keys, keys.repeat(1, groups) if nq == n else None

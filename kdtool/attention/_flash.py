@@ -99,9 +99,14 @@ class _Merged(torch.autograd.Function):
         return (None, dq, *grads)
 
 
+def _has_kernel(q: Tensor) -> bool:
+    """Whether torch's flash kernel that returns the log-sum-exp is there."""
+    return q.device.type == "cpu"
+
+
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """One part: out and lse, rows without keys zero and -inf."""
-    if q.device.type == "cpu":
+    if _has_kernel(q):
         mask = None if bias is None else bias.to(q.dtype)
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, causal, attn_mask=mask, scale=scale
@@ -149,7 +154,7 @@ def _differentiate(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of one part, given the merged output and log-sum-exp."""
-    if q.device.type == "cpu":
+    if _has_kernel(q):
         mask = None if bias is None else bias.to(q.dtype)
         dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale

@@ -1,10 +1,13 @@
 """Locality-sensitive hashing by random hyperplanes, and attention to blocks of sorted keys plus sampled ones."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kdtool.attention._base import Call, generator
+from kdtool.attention import exact
+from kdtool.attention._base import Call, counted, generator
 from kdtool.attention._flash import Part, merged
 from kdtool.attention._tree import rows_at
 
@@ -102,19 +105,57 @@ def blocks_and_samples(
     return rows_at(out.flatten(1, 2), back), lse.flatten(1, 2).gather(1, back)
 
 
-def folded(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Query heads that share a key head as rows of one set: [B Hkv, G nq, d], keys and values, and which keys count."""
+def log_weights(p: Tensor, samples: Tensor) -> Tensor:
+    """log(1 / (m P)) of m samples [X, m] drawn with P [X, n]; -inf where P is 0."""
+    chance = p.gather(1, samples)
+    return (-torch.log(samples.shape[1] * chance)).masked_fill(chance == 0, _HIDDEN)
+
+
+Draw = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor], tuple[Tensor, Tensor] | None]
+"""What an operator samples: from rows, keys, values, which keys and which rows count (or None), and the keys' order,
+the places [X, m] drawn in that order and the logarithms [X, m] of what they stand for; None for no samples."""
+
+
+def hashed(
+    q: Tensor, k: Tensor, v: Tensor, call: Call, bucket: int, projections: int, min_length: int, draw: Draw
+) -> tuple[Tensor, Tensor]:
+    """Attention to blocks that hash alike and to samples; query heads that share a key head are rows of one set.
+
+    Exact below `min_length` keys, in one block, causal, with windows and with biases.
+
+    Args:
+        q: [B, Hq, nq, d]
+        k: [B, Hkv, n, d]
+        v: [B, Hkv, n, dv]
+        call: Scale, key mask, seed.
+        bucket: Keys in a block.
+        projections: Hyperplanes of the hash.
+        min_length: Fewest keys.
+        draw: Chooses the samples.
+
+    Returns:
+        out [B, Hq, nq, dv] and lse [B, Hq, nq], the log of the estimated denominator.
+    """
     batch, heads, nq, width = q.shape
-    kv = k.shape[1]
+    kv, n = k.shape[1:3]
+    if call.causal or call.window is not None or call.bias is not None or n <= bucket or n < min_length:
+        return exact.attend(q, k, v, call)
     rows = q.reshape(batch * kv, heads // kv * nq, width)
-    valid = None if call.key_mask is None else call.key_mask.repeat_interleave(kv, 0)
-    return rows, k.flatten(0, 1), v.flatten(0, 1), valid
+    keys, values = k.flatten(0, 1), v.flatten(0, 1)
+    valid, real = counted(call, kv, heads // kv, nq, n)
+    with torch.no_grad():
+        planes = torch.randn(width, projections, generator=generator(call.seed, q.device), device=q.device)
+        query_order, key_order = (
+            order_of(_last(gray_rank(codes(x.float(), planes), projections), counts, projections))
+            for x, counts in ((rows, real), (keys, valid))
+        )
+        samples, weights = draw(rows, keys, values, valid, real, key_order) or (None, None)
+    out, lse = blocks_and_samples(
+        rows, keys, values, query_order, key_order, bucket, samples, weights, call.scale, valid
+    )
+    return out.reshape(*q.shape[:3], -1), lse.reshape(q.shape[:3])
 
 
-def sorted_by_hash(rows: Tensor, k: Tensor, valid: Tensor | None, bits: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Orders of queries and keys by one draw of hyperplanes; keys that do not count come last."""
-    planes = torch.randn(rows.shape[-1], bits, generator=generator(seed, rows.device), device=rows.device)
-    key_rank = gray_rank(codes(k.float(), planes), bits)
-    if valid is not None:
-        key_rank = key_rank.masked_fill(~valid, 1 << bits)
-    return order_of(gray_rank(codes(rows.float(), planes), bits)), order_of(key_rank)
+def _last(rank: Tensor, counts: Tensor | None, bits: int) -> Tensor:
+    """Ranks in which what does not count comes last, where it moves nothing else."""
+    return rank if counts is None else rank.masked_fill(~counts, 1 << bits)

@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from kdtool.attention import exact
-from kdtool.attention._base import Call, State, repeat_heads
+from kdtool.attention._base import Call, State, counted, repeat_heads
 from kdtool.attention._flash import Part, merged
 from kdtool.attention._tree import leaf_order, levels_for, rows_at
 
@@ -95,10 +95,8 @@ def attend(
     batch, heads, kv = q.shape[0], q.shape[1], k.shape[1]
     rows = q.reshape(batch * kv, heads // kv * nq, q.shape[-1])
     keys, values = k.flatten(0, 1), v.flatten(0, 1)
-    valid = None if call.key_mask is None else call.key_mask.repeat_interleave(kv, 0)
+    valid, real = counted(call, kv, heads // kv, nq, n)
     features = None if state is None else state["features"].to(k.device).repeat(batch, 1, 1)
-    # rows that are padding as keys are padding as queries; they must not steer anything
-    real = valid.repeat(1, heads // kv) if valid is not None and nq == n else None
     pilots = pick(rows, real, config.pilots)
     found = summarise(keys, values, valid, rows_for_moments(rows, real), pilots, call.scale, config.leaf, features)
     if config.near == 0:
@@ -106,7 +104,7 @@ def attend(
         out, lse = merged(layout, [Part(found.k[:, None], found.v[:, None], found.bias[:, None, None])], call.scale)
         out, lse = out[:, 0], lse[:, 0]
     else:
-        out, lse = _near_and_far(rows, keys, values, valid, found, call.scale, config)
+        out, lse = _near_and_far(rows, keys, values, valid, real, found, call.scale, config)
     return out.reshape(batch, heads, nq, -1), lse.reshape(batch, heads, nq)
 
 
@@ -255,19 +253,33 @@ def _ordered(x: Tensor, order: Tensor, n: int) -> Tensor:
 
 
 def _near_and_far(
-    rows: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, found: Summary, scale: float, config: Config
+    rows: Tensor,
+    k: Tensor,
+    v: Tensor,
+    valid: Tensor | None,
+    real: Tensor | None,
+    found: Summary,
+    scale: float,
+    config: Config,
 ) -> tuple[Tensor, Tensor]:
-    """Sort queries into blocks, choose each block's near leaves, and attend."""
+    """Sort queries into blocks, choose each block's near leaves, and attend; rows that are padding choose nothing."""
     sets, total, _ = rows.shape
     leaves = found.k.shape[1]
     levels, size = levels_for(total, config.block)
     with torch.no_grad():
         keys = rows_for_moments(k, valid)
         # what all keys share moves all logits of a query alike, which softmax does not see
-        features = key_features(rows, None, keys - keys.mean(1, keepdim=True))
-        order = leaf_order(rows.float() @ features, None, levels, size)
+        features = key_features(rows, real, keys - keys.mean(1, keepdim=True))
+        order = leaf_order(rows.float() @ features, real, levels, size)
+        counts = _present(order, total, real)
         blocks = 1 << levels
-        middle = _ordered(rows, order, total).float().reshape(sets, blocks, size, -1).mean(2)
+        members = _ordered(rows, order, total).float()
+        if counts is None:
+            middle = members.reshape(sets, blocks, size, -1).mean(2)
+        else:
+            weight = counts.float().reshape(sets, blocks, size, 1)
+            members = members.reshape(sets, blocks, size, -1) * weight
+            middle = members.sum(2) / weight.sum(2).clamp_min(1.0)
         score = middle @ found.k.float().mT * scale + found.bias.unsqueeze(1)
         chosen = torch.topk(score, min(config.near, leaves), dim=-1, sorted=False).indices  # [X, blocks, near]
     return _attend_blocks(rows, k, v, valid, found, order, chosen, scale)

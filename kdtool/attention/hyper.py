@@ -4,7 +4,6 @@ As `kdeformer`, with samples of equal weight n / m; those of a query's own block
 float32 code forgets. Causal attention is computed exactly.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -12,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from kdtool.attention import _lsh, exact
+from kdtool.attention import _lsh
 from kdtool.attention._base import Call, State, generator
 
 paper: str = "Han et al., HyperAttention: Long-context Attention in Near-Linear Time, ICLR 2024, arXiv 2310.05869"
@@ -36,7 +35,7 @@ class Config:
 def attend(
     q: Tensor, k: Tensor, v: Tensor, call: Call, config: Config | None = None, state: State | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Approximate attention; exact below `min_length` keys, in one block, causal, with windows and with biases.
+    """Approximate attention; see `kdtool.attention._lsh.hashed` for when it is exact.
 
     Args:
         q: [B, Hq, nq, d]
@@ -49,20 +48,17 @@ def attend(
     Returns:
         out [B, Hq, nq, dv] and lse [B, Hq, nq], the log of the estimated denominator.
     """
-    config = config or Config()
-    n = k.shape[2]
-    if call.causal or call.window is not None or call.bias is not None or n <= config.bucket or n < config.min_length:
-        return exact.attend(q, k, v, call)
-    rows, keys, values, valid = _lsh.folded(q, k, v, call)
-    with torch.no_grad():
-        query_order, key_order = _lsh.sorted_by_hash(rows, keys, valid, config.projections, call.seed)
-        samples = weights = None
-        if config.samples:
-            draw = torch.rand(len(keys), config.samples, generator=generator(call.seed + 1, q.device), device=q.device)
-            count = torch.full((len(keys), 1), n, device=q.device) if valid is None else valid.sum(1, keepdim=True)
-            samples = (draw * count).long().clamp_max(n - 1)  # keys that count come first in the order
-            weights = (torch.log(count.float()) - math.log(config.samples)).expand(-1, config.samples)
-    out, lse = _lsh.blocks_and_samples(
-        rows, keys, values, query_order, key_order, config.bucket, samples, weights, call.scale, valid
-    )
-    return out.reshape(*q.shape[:3], -1), lse.reshape(q.shape[:3])
+    c = config or Config()
+
+    def draw(
+        rows: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, real: Tensor | None, order: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        if not c.samples:
+            return None
+        sets, n = k.shape[:2]
+        place = torch.rand((sets, c.samples), generator=generator(call.seed + 1, q.device), device=q.device)
+        count = torch.full((sets, 1), n, device=q.device) if valid is None else valid.sum(1, keepdim=True)
+        samples = (place * count).long().clamp_max(n - 1)  # keys that count come first in the order
+        return samples, torch.log(count / c.samples).expand(-1, c.samples)
+
+    return _lsh.hashed(q, k, v, call, c.bucket, c.projections, c.min_length, draw)

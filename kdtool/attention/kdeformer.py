@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from kdtool.attention import _lsh, exact
+from kdtool.attention import _lsh
 from kdtool.attention._base import Call, State, generator
 
 paper: str = (
@@ -69,7 +69,7 @@ def probabilities(v: Tensor, valid: Tensor | None = None) -> Tensor:
 def attend(
     q: Tensor, k: Tensor, v: Tensor, call: Call, config: Config | None = None, state: State | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Approximate attention; exact below `min_length` keys, in one block, causal, with windows and with biases.
+    """Approximate attention; see `kdtool.attention._lsh.hashed` for when it is exact.
 
     Args:
         q: [B, Hq, nq, d]
@@ -82,22 +82,16 @@ def attend(
     Returns:
         out [B, Hq, nq, dv] and lse [B, Hq, nq], the log of the estimated denominator.
     """
-    config = config or Config()
-    n = k.shape[2]
-    if call.causal or call.window is not None or call.bias is not None or n <= config.bucket or n < config.min_length:
-        return exact.attend(q, k, v, call)
-    rows, keys, values, valid = _lsh.folded(q, k, v, call)
-    with torch.no_grad():
-        query_order, key_order = _lsh.sorted_by_hash(rows, keys, valid, config.projections, call.seed)
-        samples = weights = None
-        if config.samples:
-            p = probabilities(values, valid).gather(1, key_order)
-            safe = p + (p.sum(-1, keepdim=True) == 0)
-            draw = generator(call.seed + 1, q.device)
-            samples = torch.multinomial(safe, config.samples, replacement=True, generator=draw)
-            weights = -torch.log(config.samples * p.gather(1, samples))
-            weights = weights.masked_fill(torch.isinf(weights), float("-inf"))
-    out, lse = _lsh.blocks_and_samples(
-        rows, keys, values, query_order, key_order, config.bucket, samples, weights, call.scale, valid
-    )
-    return out.reshape(*q.shape[:3], -1), lse.reshape(q.shape[:3])
+    c = config or Config()
+
+    def draw(
+        rows: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, real: Tensor | None, order: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        if not c.samples:
+            return None
+        p = probabilities(v, valid).gather(1, order)
+        safe = p + (p.sum(-1, keepdim=True) == 0)
+        samples = torch.multinomial(safe, c.samples, replacement=True, generator=generator(call.seed + 1, q.device))
+        return samples, _lsh.log_weights(p, samples)
+
+    return _lsh.hashed(q, k, v, call, c.bucket, c.projections, c.min_length, draw)

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from kdtool.attention import _lsh, exact
+from kdtool.attention import _lsh
 from kdtool.attention._base import Call, State, generator
 from kdtool.attention.cluster import pick
 
@@ -87,7 +87,7 @@ def systematic(p: Tensor, count: int, draw: torch.Generator) -> Tensor:
 def attend(
     q: Tensor, k: Tensor, v: Tensor, call: Call, config: Config | None = None, state: State | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Approximate attention; exact below `min_length` keys, in one block, causal, with windows and with biases.
+    """Approximate attention; see `kdtool.attention._lsh.hashed` for when it is exact.
 
     Args:
         q: [B, Hq, nq, d]
@@ -100,19 +100,14 @@ def attend(
     Returns:
         out [B, Hq, nq, dv] and lse [B, Hq, nq], the log of the estimated denominator.
     """
-    config = config or Config()
-    n = k.shape[2]
-    if call.causal or call.window is not None or call.bias is not None or n <= config.bucket or n < config.min_length:
-        return exact.attend(q, k, v, call)
-    rows, keys, values, valid = _lsh.folded(q, k, v, call)
-    with torch.no_grad():
-        query_order, key_order = _lsh.sorted_by_hash(rows, keys, valid, config.projections, call.seed)
-        real = None if valid is None or q.shape[2] != n else valid.repeat(1, rows.shape[1] // n)
-        p = probabilities(pick(rows, real, config.pilots), keys, values, call.scale, valid).gather(1, key_order)
-        samples = systematic(p, config.samples, generator(call.seed + 1, q.device))
-        chance = p.gather(1, samples)
-        weights = (-torch.log(config.samples * chance.clamp_min(1e-30))).masked_fill(chance == 0, float("-inf"))
-    out, lse = _lsh.blocks_and_samples(
-        rows, keys, values, query_order, key_order, config.bucket, samples, weights, call.scale, valid
-    )
-    return out.reshape(*q.shape[:3], -1), lse.reshape(q.shape[:3])
+    c = config or Config()
+
+    def draw(
+        rows: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, real: Tensor | None, order: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        pilots = pick(rows, real, c.pilots)
+        p = probabilities(pilots, k, v, call.scale, valid).gather(1, order)
+        samples = systematic(p, c.samples, generator(call.seed + 1, q.device))
+        return samples, _lsh.log_weights(p, samples)
+
+    return _lsh.hashed(q, k, v, call, c.bucket, c.projections, c.min_length, draw)

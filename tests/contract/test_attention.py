@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kdtool.attention import exact
+from kdtool.attention import _flash, exact
 from kdtool.attention._base import Call
 from kdtool.registry import ATTENTION
 
@@ -67,16 +67,20 @@ def test_equal_values_come_out_as_they_are(name, call, kv):
     assert lse.shape == (2, 4, 45)
 
 
+masked = pytest.mark.parametrize("call", [call for call in CALLS.values() if call.key_mask is not None])
+
+
 @each
-@any_call
-def test_masked_keys_change_nothing(name, call):
+@masked
+def test_masked_positions_change_nothing(name, call):
+    """Neither as keys nor, in self-attention, as queries of other rows."""
     q, k, v = inputs()
+    seen = call.key_mask[:, None, :, None]
     before = operator(name)(q, k, v, call)[0]
-    if call.key_mask is None:
-        return
-    gone = ~call.key_mask[:, None, :, None]
-    after = operator(name)(q, k.masked_fill(gone, 50.0), v.masked_fill(gone, -50.0), call)[0]
-    assert after.equal(before)
+    as_keys = operator(name)(q, k.masked_fill(~seen, 50.0), v.masked_fill(~seen, -50.0), call)[0]
+    assert as_keys.equal(before)
+    as_queries = operator(name)(q.masked_fill(~seen, 7.0), k, v, call)[0]
+    assert as_queries.masked_fill(~seen, 0.0).equal(before.masked_fill(~seen, 0.0))
 
 
 @each
@@ -143,16 +147,30 @@ def test_same_seed_same_answer_and_no_global_draws(name):
 
 @each
 @pytest.mark.parametrize("causal", [False, True])
-def test_gradients_match_differences(name, causal):
-    q, k, v = (x[:1, :2, :20].double().requires_grad_() for x in inputs(dtype=torch.float64))
+def test_gradient_of_values_matches_differences(name, causal):
+    """Orders, weights and samples are constant in the gradient but depend on q and k; the goldens hold dq and dk."""
+    q, k, v = (x[:1, :2, :20].requires_grad_() for x in inputs(dtype=torch.float64))
     call = Call(0.35, causal=causal)
-    out, _ = operator(name)(q, k, v, call)
-    upstream = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    # orders, weights and samples are constant in the gradient, and depend on q and k: only v is held to differences
-    (found,) = torch.autograd.grad((out * upstream).sum(), v)
+    upstream = torch.randn(q.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    found = torch.autograd.grad((operator(name)(q, k, v, call)[0] * upstream).sum(), (q, k, v))
+    assert all(torch.isfinite(gradient).all() for gradient in found)
+    if name.startswith("kdeformer") and not causal:
+        return  # its samples depend on v, too
     step = torch.randn(v.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) * 1e-6
-    if not name.startswith("kdeformer"):  # whose sampling depends on v, too
-        with torch.no_grad():
-            ends = [(operator(name)(q, k, v + sign * step, call)[0] * upstream).sum() for sign in (1, -1)]
-        torch.testing.assert_close((found * step).sum(), (ends[0] - ends[1]) / 2, rtol=1e-4, atol=1e-12)
-    assert all(torch.isfinite(g).all() for g in torch.autograd.grad(operator(name)(q, k, v, call)[0].sum(), (q, k, v)))
+    with torch.no_grad():
+        ends = [(operator(name)(q, k, v + sign * step, call)[0] * upstream).sum() for sign in (1, -1)]
+    torch.testing.assert_close((found[2] * step).sum(), (ends[0] - ends[1]) / 2, rtol=1e-4, atol=1e-12)
+
+
+@each
+@any_call
+def test_without_the_kernel_the_same_comes_out(name, call, monkeypatch):
+    """Other devices have no kernel that gives the log-sum-exp: there the logits are formed."""
+    results = []
+    for kernel in (True, False):
+        monkeypatch.setattr(_flash, "_has_kernel", lambda _q, kernel=kernel: kernel)
+        q, k, v = (x.requires_grad_() for x in inputs(kv=2))
+        out, lse = operator(name)(q, k, v, call)
+        results.append([out, lse.nan_to_num(neginf=-1e4), *torch.autograd.grad(out.sin().sum(), (q, k, v))])
+    for fast, plain in zip(*results, strict=True):
+        torch.testing.assert_close(fast, plain, rtol=1e-4, atol=2e-5)
