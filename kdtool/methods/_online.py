@@ -11,9 +11,10 @@ from typing import Annotated, Any, ClassVar
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn import functional
 
-from kdtool.divergences import cross_entropy
 from kdtool.methods import _base
+from kdtool.methods._targets import precise
 from kdtool.methods._terms import ramped
 from kdtool.models import Loaded
 from kdtool.tasks._base import Batch, Task, view_of
@@ -88,18 +89,11 @@ def fresh(model: Any) -> nn.Module:
 
 def kl(target: Tensor, logits: Tensor, temperature: float = 1.0) -> Tensor:
     """KL(softmax(target / T) || softmax(logits / T)) of each row, [units], without a factor T^2."""
-    p = torch.log_softmax(accurate(target) / temperature, -1)
-    q = torch.log_softmax(accurate(logits) / temperature, -1)
+    p = torch.log_softmax(precise(target) / temperature, -1)
+    q = torch.log_softmax(precise(logits) / temperature, -1)
     return (p.exp() * (p - q)).sum(-1)
 
 
-def accurate(x: Tensor) -> Tensor:
-    """float32, or float64 where given."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def hard(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy summed over units, float64 where given."""
-    if logits.dtype == torch.float64:
-        return nn.functional.cross_entropy(logits, labels, reduction="sum")
-    return cross_entropy(logits, labels)
+def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy with class ids, summed over units, in float32, or float64 for float64 logits."""
+    return functional.cross_entropy(precise(logits), labels, reduction="sum")

@@ -19,7 +19,8 @@ from pydantic import Field
 from torch import Tensor
 
 from kdtool.methods import _online
-from kdtool.methods._online import accurate, hard, kl
+from kdtool.methods._online import kl, label_loss
+from kdtool.methods._targets import precise
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,7 @@ class Objective(NamedTuple):
 
 def entropy(logits: Tensor) -> Tensor:
     """Entropy of softmax(logits) in nats, [units], detached."""
-    log_p = torch.log_softmax(accurate(logits.detach()), -1)
+    log_p = torch.log_softmax(precise(logits.detach()), -1)
     return -(log_p.exp() * log_p).sum(-1)
 
 
@@ -90,8 +91,8 @@ def bd_loss(
     scale = kd_weight * temperature**2
     forward = kl(teacher.detach(), student, temperature)
     reverse = kl(student, teacher.detach(), temperature)
-    loss_s = hard(student, labels) + scale * (a * forward + b * reverse).sum()
-    loss_t = hard(teacher, labels) + scale * kl(student.detach(), teacher, temperature).sum()
+    loss_s = label_loss(student, labels) + scale * (a * forward + b * reverse).sum()
+    loss_t = label_loss(teacher, labels) + scale * kl(student.detach(), teacher, temperature).sum()
     return Objective(loss_s, loss_t, forward, reverse, a, b, h_s, h_t)
 
 

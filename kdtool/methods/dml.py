@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from kdtool.methods import _online
-from kdtool.methods._online import hard, kl
+from kdtool.methods._online import kl, label_loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ def mutual_loss(logits: list[Tensor], labels: Tensor, weight: float, temperature
     for k, own in enumerate(logits):
         others = [kl(z.detach(), own, temperature).sum() for j, z in enumerate(logits) if j != k]
         mean = sum(others[1:], others[0]) / len(others)
-        found.append(hard(own, labels) + weight * temperature**2 * mean)
+        found.append(label_loss(own, labels) + weight * temperature**2 * mean)
     return found
 
 

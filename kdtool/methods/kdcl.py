@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from kdtool.methods import _online
-from kdtool.methods._online import accurate, hard, kl
+from kdtool.methods._online import kl, label_loss
+from kdtool.methods._targets import precise
 
 _STEPS, _RATE = 20, 0.5
 
@@ -42,7 +43,7 @@ def collective(logits: list[Tensor], labels: Tensor, how: str) -> Tensor:
         labels: [units]
         how: naive, linear or minlogit.
     """
-    stack = torch.stack([accurate(z) for z in logits])  # [K, units, classes]
+    stack = torch.stack([precise(z) for z in logits])  # [K, units, classes]
     if how == "minlogit":
         own = stack.gather(2, labels.expand(len(stack), -1).unsqueeze(-1))
         return (stack - own).amin(0)
@@ -86,6 +87,6 @@ class Method(_online.OnlineMethod):
         """Every network's loss against the one target."""
         temperature = self.config.temperature
         target = collective(logits, labels, self.config.target)
-        found = [hard(z, labels) + weight * temperature**2 * kl(target, z, temperature).sum() for z in logits]
+        found = [label_loss(z, labels) + weight * temperature**2 * kl(target, z, temperature).sum() for z in logits]
         parts = {"student": found[0].detach(), "peers": sum(found[2:], found[1]).detach()}
         return sum(found[1:], found[0]), parts

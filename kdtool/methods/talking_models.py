@@ -203,6 +203,7 @@ class Method(_terms.TermMethod):
         # in a tuple, so that the teacher's blocks do not become parts of this module
         self._upper = (_Upper(teacher, self.teacher_taps[0], self.teacher_taps[1], paths),)
         self._mask: Tensor | None = None
+        self._other_tokens = False
 
     @staticmethod
     def _pair(model: nn.Module, wanted: list[int] | None, who: str, fewest: int) -> list[str]:
@@ -227,6 +228,8 @@ class Method(_terms.TermMethod):
         teacher: Any = self.teacher_list[0].model
         view = view_of(batch, 0)
         self._mask = view.get("attention_mask")
+        # another tokenizer cuts elsewhere: equal lengths are then chance, not equal positions
+        self._other_tokens = "input_ids" in view and view is not batch
         with taps(teacher, self.teacher_taps, self._classes(teacher)) as values, self._upper[0].listening():
             out = self.teach(batch, cached=False)
         return Side(out.logits, values, teacher)
@@ -248,6 +251,14 @@ class Method(_terms.TermMethod):
                     hint="it fits BERT-, ViT- and wav2vec2-like models; for CNNs take srrl, reviewkd or crd",
                 )
             widths.append(low.shape[-1])
+        try:
+            self._upper[0].run(teacher.taps[self.teacher_taps[0]].float().mean(1, keepdim=True), True)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ConfigProblem(
+                "the teacher's layers cannot run on means over positions",
+                why=str(error).split("\n", 1)[0],
+                hint="take srrl, crd or a logit method",
+            ) from None
         cfg = self.config
         message = cfg.message_dim or min(widths)
         devices = [student.logits.device] if student.logits.is_cuda else []
@@ -265,7 +276,7 @@ class Method(_terms.TermMethod):
         assert teacher is not None
         cfg, count = self.config, len(labels)
         states = [side.taps[point].float() for side, points in self._sides(student, teacher) for point in points]
-        pooled = cfg.pool == "always" or states[0].shape[1] != states[2].shape[1]
+        pooled = cfg.pool == "always" or self._other_tokens or states[0].shape[1] != states[2].shape[1]
         mask = None if self._mask is None or self._mask.shape[1] != states[2].shape[1] else self._mask.float()
         if pooled:
             masks = [batch.get("attention_mask"), self._mask]
