@@ -15,7 +15,7 @@ from kdtool.errors import DataProblem, QualityProblem, TrainingProblem, UsagePro
 from kdtool.models import Loaded, load
 from kdtool.pipelines import setup
 from kdtool.pipelines.finished import read_proof
-from kdtool.pipelines.output import Output
+from kdtool.pipelines.output import KEPT_TEACHER, Output
 from kdtool.pipelines.prove import compare
 from kdtool.pipelines.push import check_push, push
 from kdtool.pipelines.teacher import fine_tuned
@@ -227,7 +227,7 @@ def _finish(ready: Ready, history: History, config: RunConfig, run: Run, output:
     student = ready.student
     save_model(student, staging, config.output)
     if config.output.save_teacher and ready.teacher is not None:
-        save_model(ready.teacher, staging / "teacher", config.output)
+        save_model(ready.teacher, staging / KEPT_TEACHER, config.output)
     probe = task.example_inputs(ready.encoded.test, min(_PROBE_ROWS, len(ready.encoded.test)))
     reload: dict[str, Any] = {}
     if config.eval.reload:

@@ -18,6 +18,8 @@ from kdtool.train.checkpoint import sync
 
 WORK = ".kdtool"
 MANIFEST = "kdtool.json"
+KEPT_TEACHER = "teacher"
+"""Folder inside the output where a trained teacher is kept."""
 _WEIGHTS = ("*.safetensors*", "*.onnx*", "openvino_model.*")
 
 
@@ -125,14 +127,18 @@ class Output:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 (self.staging / name).replace(target)
         if MANIFEST in files:
-            for old in [path for pattern in _WEIGHTS for path in self.folder.glob(pattern)]:
-                # a stale shard, index or graph beside new weights would be loaded by others
-                if old.name not in files:
+            for old in [path for pattern in _WEIGHTS for path in self._weights(pattern)]:
+                # a stale shard, index, graph or kept teacher beside new weights would be loaded by others
+                if old.relative_to(self.folder).as_posix() not in files:
                     old.unlink()
         for folder in {(self.folder / name).parent for name in files}:
             sync(folder)
         sync(self.folder)
         self._end()
+
+    def _weights(self, pattern: str) -> list[Path]:
+        """Weight files of the result and of a teacher kept beside it."""
+        return [*self.folder.glob(pattern), *self.folder.glob(f"{KEPT_TEACHER}/{pattern}")]
 
     def _end(self) -> None:
         """Remove `.kdtool`, the claim last, so that a kill in between leaves a claim that can be ended again."""

@@ -125,5 +125,9 @@ def test_a_trained_teacher_is_kept_on_request(models, data, tmp_path):
     assert result.proof.teacher is not None
     files = json.loads((tmp_path / "out" / "kdtool.json").read_text())["files"]
     assert any(str(name).startswith("teacher/") for name in files)
+    distill(load_config("distill", None, [], options | {"output.save_teacher": False, "output.overwrite": True}))
+    assert not list((tmp_path / "out" / "teacher").glob("*.safetensors")), (
+        "a teacher of another run is no teacher of this"
+    )
     with pytest.raises(UsageProblem, match="trains no teacher"):
         distill(load_config("distill", None, [], options | {"method.name": "kd", "output.folder": str(tmp_path / "b")}))
