@@ -127,8 +127,8 @@ class TrainSection(Section):
     """Share of the steps with rising learning rate."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Course of the learning rate after warm-up."""
-    clip: float = Field(1.0, ge=0)
-    """Largest gradient norm; 0 switches clipping off."""
+    clip: float | None = Field(None, ge=0)
+    """Largest gradient norm; 0 switches clipping off (default: 1 for adamw, off for sgd)."""
     parallel: Literal["ddp", "fsdp2"] = "ddp"
     """With several processes: whole student in each, or its parameters sharded over them."""
     buckets: bool = True
@@ -158,6 +158,8 @@ class EvalSection(Section):
     """Gates such as accuracy=0.85 or accuracy.retention=0.97."""
     batch_size: int = Field(64, gt=0)
     """Examples in one forward pass of an evaluation."""
+    temperature_scaling: Literal["val", "off"] = "val"
+    """Fit a temperature on the validation rows, where there are any, and show calibration before and after it."""
     latency: bool = True
     """Measure latency of teacher and student."""
     latency_batches: list[int] = [1, 32]

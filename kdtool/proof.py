@@ -31,6 +31,8 @@ class Side:
         errors: Name to standard error, where known.
         latency: Batch size to `median_ms` and `p95_ms` of one forward pass.
         reliability: (confidence, accuracy, count) of each confidence bin; None without classes.
+        scaling: Temperature scaling: `temperature`, `rows` it was fitted on, and the calibration metrics on the test
+            rows `before` and `after`; empty where it was not done.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Side:
     errors: dict[str, float] = field(default_factory=dict)
     latency: dict[int, dict[str, float]] = field(default_factory=dict)
     reliability: list[tuple[float, float, int]] | None = None
+    scaling: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -180,6 +183,8 @@ class Result:
             "seconds": round(self.seconds, 3),
             "steps": self.steps,
             "errors": each("errors"),
+            "reliability": {role: reliability_rows(side) for role, side in sides.items()},
+            "temperature_scaling": each("scaling"),
             "latency": {**each("latency"), "ratio": proof.latency_ratio if proof else {}},
             "reload": proof.reload if proof else {},
         }
@@ -224,6 +229,12 @@ class Result:
             ratios = self.proof.latency_ratio
             text += "".join(f", {_times(ratios[b], 'faster', 'slower')} at batch {b}" for b in sorted(ratios)[:1])
         return text + ")"
+
+
+def reliability_rows(side: Side | None) -> list[dict[str, float | None]]:
+    """Bins of a reliability diagram as mappings; what an empty bin lacks is null."""
+    rows = (side.reliability or []) if side else []
+    return [{"confidence": sure, "accuracy": right if count else None, "count": count} for sure, right, count in rows]
 
 
 def _facts(side: Side) -> dict[str, Any]:

@@ -36,6 +36,7 @@ def distill(
     limit: o.Limit = None,
     benchmark: o.Benchmark = None,
     metrics: o.Metrics = None,
+    temperature_scaling: o.TemperatureScaling = None,
     method: o.Method = None,
     epochs: o.Epochs = None,
     max_steps: o.MaxSteps = None,

@@ -32,6 +32,7 @@ def evaluate(
     benchmark: o.Benchmark = None,
     task: o.Task = None,
     metrics: o.Metrics = None,
+    temperature_scaling: o.TemperatureScaling = None,
     limit: o.Limit = None,
     seed: o.Seed = None,
     output: o.Output = None,

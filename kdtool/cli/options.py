@@ -180,6 +180,14 @@ Benchmark = Annotated[
     ),
 ]
 Metrics = Annotated[str | None, _option("--metrics", panel=DATA, text="Metrics, separated by commas.", metavar="NAMES")]
+TemperatureScaling = Annotated[
+    Literal["val", "off"] | None,
+    _option(
+        "--temperature-scaling",
+        panel=DATA,
+        text="Fit a temperature on validation rows and show calibration after it (default val, where there are any).",
+    ),
+]
 FailUnder = Annotated[
     list[str] | None,
     _option(
@@ -258,6 +266,7 @@ KEYS: Mapping[str, str] = {
     "teacher_cache": "train.teacher_cache_dir",
     "benchmark": "eval.benchmark",
     "metrics": "eval.metrics",
+    "temperature_scaling": "eval.temperature_scaling",
     "fail_under": "eval.fail_under",
     "seeds": "eval.seeds",
     "output": "output.folder",

@@ -235,7 +235,7 @@ def _finish(ready: Ready, history: History, config: RunConfig, run: Run, output:
         reload = reload_check(staging, task, student.model, probe, run.trust_remote_code)
     model = load(staging, task.name, run).float()
     saved = Loaded(model, student.processor, str(output.folder), None, staging, student.facts)
-    proof = compare(task, saved, ready.teacher, ready.encoded.test, config, run)
+    proof = compare(task, saved, ready.teacher, ready.encoded.test, config, run, ready.encoded.validation)
     proof.reload = reload
     rows = [
         {

@@ -44,7 +44,7 @@ def evaluate(config: RunConfig, run: Run | None = None) -> Result:
         setup.check_trained(teacher)
         setup.check_same_classes(model, teacher)
     encoded = setup.encode(task, data, model, teacher, config, run)
-    proof = compare(task, model, teacher, encoded.test, config, run)
+    proof = compare(task, model, teacher, encoded.test, config, run, encoded.validation)
     extra = {
         "task": task.name,
         "data": {"source": config.data.source, "rows": len(encoded.test), **_pinned(run)},

@@ -46,4 +46,5 @@ def _side(manifest: dict[str, Any], role: str) -> Side | None:
         return None
     latency = {int(size): times for size, times in (manifest["latency"].get(role) or {}).items()}
     metrics, errors = (_numbers(manifest[key].get(role)) for key in ("metrics", "errors"))
-    return Side(**facts, metrics=metrics, errors=errors, latency=latency)
+    scaling = manifest.get("temperature_scaling", {}).get(role, {})
+    return Side(**facts, metrics=metrics, errors=errors, latency=latency, scaling=scaling)

@@ -9,11 +9,11 @@ import torch
 from kdtool import gates
 from kdtool.config import RunConfig
 from kdtool.data.examples import Examples
-from kdtool.metrics import reliability_bins
+from kdtool.metrics import fit_temperature, reliability_bins, score
 from kdtool.models import Loaded
 from kdtool.proof import Proof, Side, retention
 from kdtool.run import Run
-from kdtool.tasks._base import Task
+from kdtool.tasks._base import Evaluation, Task
 from kdtool.verify import latency
 
 
@@ -33,10 +33,46 @@ def model_bytes(loaded: Loaded) -> int:
     return weight_bytes(loaded.folder) or sum(p.numel() * p.element_size() for p in loaded.model.parameters())
 
 
+_CALIBRATION = ("ece", "adaptive-ece", "classwise-ece", "mce", "nll", "brier")
+
+
+def scaling(
+    task: Task,
+    loaded: Loaded,
+    found: Evaluation,
+    validation: Examples | None,
+    config: RunConfig,
+    run: Run,
+    teacher: int | None = None,
+) -> dict[str, Any]:
+    """Temperature scaling (Guo et al. 2017, arXiv:1706.04599): T fitted on validation rows, judged on the test rows.
+
+    T minimises the negative log-likelihood of the validation rows; without any there is nothing to fit it on.
+
+    Returns:
+        `temperature`, `rows`, and the calibration metrics `before` and `after`; empty where it does not apply.
+    """
+    if config.eval.temperature_scaling == "off" or not validation or found.logits is None or found.labels is None:
+        return {}
+    seen = task.evaluate(loaded.model, validation, run, [], config.eval.batch_size, teacher)
+    assert seen.logits is not None
+    assert seen.labels is not None
+    temperature = fit_temperature(seen.logits, seen.labels)
+    before, _ = score(_CALIBRATION, found.logits, found.labels, resamples=0)
+    after, _ = score(_CALIBRATION, found.logits / temperature, found.labels, resamples=0)
+    return {"temperature": temperature, "rows": len(validation), "before": before, "after": after}
+
+
 def measure(
-    task: Task, loaded: Loaded, data: Examples, config: RunConfig, run: Run, teacher: int | None = None
+    task: Task,
+    loaded: Loaded,
+    data: Examples,
+    config: RunConfig,
+    run: Run,
+    teacher: int | None = None,
+    validation: Examples | None = None,
 ) -> Side:
-    """Score one model on the test rows."""
+    """Score one model on the test rows; validation rows serve only to fit a temperature."""
     names = config.eval.metrics or list(task.metrics)
     model = loaded.model.to(run.device)
     found = task.evaluate(model, data, run, names, config.eval.batch_size, teacher)
@@ -51,15 +87,24 @@ def measure(
         metrics=found.metrics,
         errors=found.errors,
         reliability=bins,
+        scaling=scaling(task, loaded, found, validation, config, run, teacher),
     )
 
 
-def compare(task: Task, student: Loaded, teacher: Loaded | None, data: Examples, config: RunConfig, run: Run) -> Proof:
-    """Score and time the student, and the teacher beside it."""
+def compare(
+    task: Task,
+    student: Loaded,
+    teacher: Loaded | None,
+    data: Examples,
+    config: RunConfig,
+    run: Run,
+    validation: Examples | None = None,
+) -> Proof:
+    """Score and time the student, and the teacher beside it; with validation rows also their temperatures."""
     say = run.reporter.info
     say(f"scoring on {len(data)} test rows")
-    left = measure(task, student, data, config, run)
-    right = None if teacher is None else measure(task, teacher, data, config, run, 0)
+    left = measure(task, student, data, config, run, None, validation)
+    right = None if teacher is None else measure(task, teacher, data, config, run, 0, validation)
     proof = Proof(left, right)
     if right is not None:
         proof.retention = retention(left.metrics, right.metrics)

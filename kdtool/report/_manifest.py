@@ -110,6 +110,7 @@ def write_manifest(
         "metrics": {role: side.metrics for role, side in sides.items() if side}
         | {"retention": proof.retention if proof else {}},
         "errors": {role: side.errors for role, side in sides.items() if side},
+        "temperature_scaling": {role: side.scaling for role, side in sides.items() if side and side.scaling},
         "models": {
             role: {"name": side.name, "revision": side.revision, "parameters": side.parameters, "bytes": side.bytes}
             for role, side in sides.items()

@@ -46,7 +46,22 @@ def _calibration(proof: Proof) -> list[str]:
         if name.replace("_", "-") in _CALIBRATION:
             versus = number(proof.teacher.metrics.get(name)) if proof.teacher else "-"
             lines.append(f"- {name}: {number(value)}" + (f" (teacher {versus})" if versus != "-" else ""))
-    return ["## Calibration", "", *lines, ""] if lines else []
+    return ["## Calibration", "", *lines, "", *_scaled(roles)] if lines else []
+
+
+def _scaled(roles: Sequence[tuple[str, Side]]) -> list[str]:
+    """Calibration before and after temperature scaling, a pair of columns for each model."""
+    done = [(role, side.scaling) for role, side in roles if side.scaling]
+    if not done:
+        return []
+    shown = " and ".join(f"{found['temperature']:.3f} ({role})" for role, found in done)
+    header = ["metric", *(f"{role}, {when}" for role, _ in done for when in ("as it is", "scaled"))]
+    rows = [
+        [name, *(number(found[when].get(name)) for _, found in done for when in ("before", "after"))]
+        for name in done[0][1]["before"]
+    ]
+    said = f"Logits divided by a temperature that fits {done[0][1]['rows']:,} validation rows best: {shown}."
+    return [said, "The saved model is not changed by it.", "", markdown_table(Table(header, rows)), ""]
 
 
 def _gates(proof: Proof) -> list[str]:

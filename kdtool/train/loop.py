@@ -142,6 +142,8 @@ class Trainer:
             parallel.shard(method.student, run)
         self.plan = Plan(data, config, run.seed, run.world)
         self.config = config
+        # losses that carry T^2 would be cut to the size of others under SGD, whose steps have no scale of their own
+        self.clip = config.clip if config.clip is not None else float(config.optimizer == "adamw")
         self.run = run
         self.folder = folder
         method.setup(self.load(range(min(2, len(data)))), data)
@@ -328,9 +330,9 @@ class Trainer:
         grads = [p.grad for p in self.parameters if p.grad is not None]
         divisor = torch.as_tensor(count, dtype=torch.float32, device=self.run.device).clamp_min(1)
         scale = 1.0 / divisor
-        if self.config.clip:
+        if self.clip:
             norm = parallel.total_norm(grads) * scale
-            scale = scale * (self.config.clip / (norm + 1e-6)).clamp_max(1.0)
+            scale = scale * (self.clip / (norm + 1e-6)).clamp_max(1.0)
         for kind in parallel.by_kind(grads):
             torch._foreach_mul_(kind, scale)
 

@@ -238,3 +238,9 @@ def test_resume_can_be_switched_off(tmp_path):
     fresh = Sum()
     Trainer(fresh, rows_of(8, False), settings(resume=False), Run(), folder=tmp_path).train()
     assert len(fresh.seen) == 5
+
+
+@pytest.mark.parametrize(("values", "bound"), [({}, 1.0), ({"optimizer": "sgd"}, 0.0), ({"clip": 0.5}, 0.5)])
+def test_clipping_is_off_for_sgd_unless_asked_for(values, bound):
+    """Losses with a factor T^2 would lose it."""
+    assert Trainer(Sum(), rows_of(8, False), settings(**values), Run()).clip == bound
