@@ -1,7 +1,7 @@
 """Patching of models: transformers' attention replaced by an operator of `kdtool.attention`, layer by layer."""
 
-from kdtool.patching.interface import NAME, Layer
-from kdtool.patching.layers import check_called, counting, find_sites, install, parse_layers, remove
+from kdtool.patching.interface import NAME, Layer, watching
+from kdtool.patching.layers import check_called, counting, find_sites, install, names_of, parse_layers, remove
 from kdtool.patching.saving import FILE, KEY, layers_of, patch, restore, write_state
 
 __all__ = [
@@ -14,9 +14,11 @@ __all__ = [
     "find_sites",
     "install",
     "layers_of",
+    "names_of",
     "parse_layers",
     "patch",
     "remove",
     "restore",
+    "watching",
     "write_state",
 ]

@@ -91,7 +91,7 @@ def implementation_of(model: nn.Module) -> str:
 
 
 @contextlib.contextmanager
-def _through_interface(model: nn.Module) -> Iterator[None]:
+def through_interface(model: nn.Module) -> Iterator[None]:
     """The interface without any patch, as long as the context lasts."""
     before = implementation_of(model)
     kept = {module: layer for module in model.modules() if (layer := layer_of(module)) is not None}
@@ -124,7 +124,7 @@ def find_sites(model: nn.Module, run: Callable[[], Tensor], pattern: str | None 
     if pattern is not None:
         modules.wrap(model, pattern)
     calls: dict[int, list[Seen]] = {}
-    with _through_interface(model), interface.watching(lambda seen: calls.setdefault(id(seen.module), []).append(seen)):
+    with through_interface(model), interface.watching(lambda seen: calls.setdefault(id(seen.module), []).append(seen)):
         after = run()
     difference = float((after - before).abs().max())
     if not difference <= _SAME * max(1.0, float(before.abs().max())):
