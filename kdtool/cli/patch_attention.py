@@ -9,7 +9,7 @@ from kdtool.cli.pages import CONTEXT, Command, examples
 SUMMARY = "Replace a model's attention by a faster, approximate one."
 EXAMPLES = examples(
     "kdtool patch-attention ./model --data ./reviews.jsonl --lengths 2048,8192 -o ./patched",
-    "kdtool patch-attention ./model --layers 0-3,7 --max-error 0.05 --max-drop accuracy=0.005 --data ./x.jsonl -o ./out",
+    "kdtool patch-attention ./model --layers 0-3,7 --max-error 0.05 --max-drop accuracy=0.005 --data ./x.jsonl -o ./y",
 )
 
 

@@ -51,7 +51,7 @@ def patched(model, rows, tmp_path_factory):
 
 
 def test_a_run_says_what_became_of_each_layer(patched):
-    outcome, folder = patched
+    outcome, _ = patched
     assert outcome.code == 0, outcome.err
     answer = outcome.answer
     assert answer["command"] == "patch-attention"
