@@ -64,7 +64,7 @@ def patch_attention(config: RunConfig, run: Run | None = None) -> Result:
     if output.complete:
         run.reporter.info(f"{output.folder} lacked only its last files; they are in place now")
         proof, manifest = read_proof(output.folder)
-        proof.roles = ("patched", "exact")
+        proof.roles = ("patched model", "exact model")
         extra = {key: manifest[key] for key in ("task", "method", "layers", "calls")}
         return _conclude(config, run, output.folder, proof, extra, began)
     try:
@@ -125,7 +125,7 @@ def _patch(config: RunConfig, run: Run, output: Output, began: float) -> tuple[P
     saved = Loaded(model, loaded.processor, str(output.folder), None, output.staging, loaded.facts)
     with patching.counting() as count:
         proof = compare(task, saved, loaded, encoded, config, run)
-    proof.reload, proof.roles = reload, ("patched", "exact")
+    proof.reload, proof.roles = reload, ("patched model", "exact model")
     assert proof.teacher is not None
     proof.gates += gates.check_drops(config.patch.max_drop, proof.student.metrics, proof.teacher.metrics)
     calls = {"approximate": count.approximate, "total": count.total}

@@ -68,7 +68,7 @@ def test_it_leaves_a_documented_model(patched, model):
     _, folder = patched
     report = (folder / "report.md").read_text()
     assert "| cluster leaf=1, near=0 |" in report
-    assert "patched | exact" in report
+    assert "patched model | exact model" in report
     assert (folder / "plots" / "attention.png").is_file()
     assert "kdtool.load" in (folder / "README.md").read_text()
     assert json.loads((folder / "kdtool.json").read_text())["layers"][0]["settings"] == {"leaf": 1, "near": 0}
