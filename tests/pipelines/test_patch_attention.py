@@ -131,3 +131,30 @@ def test_mistakes_are_said_in_one_line(cli, model, rows, tmp_path, arguments, co
     assert outcome.code in (1, 2) if code is None else outcome.code == code
     assert said in outcome.problem
     assert not (tmp_path / "out").exists()
+
+
+def test_a_causal_model_is_patched_too(cli, models, data, tmp_path):
+    values = ["--set", "method.leaf=1", "--set", "method.chunk=16", "--set", "method.min_length=64"]
+    arguments = ["--data", data("plain"), "--lengths", "64", *values, *QUICK, "--json", "-o", tmp_path / "out"]
+    outcome = cli("patch-attention", models("llama"), *arguments)
+    assert outcome.code == 0, outcome.err
+    answer = outcome.answer
+    assert all(layer["method"] == "cluster" and layer["called"] for layer in answer["layers"])
+    assert answer["metrics"]["student"]["loss"] == pytest.approx(answer["metrics"]["teacher"]["loss"], rel=1e-4)
+    assert answer["calls"]["approximate"] > 0
+
+
+def test_an_image_model_that_reads_few_patches_stays_exact(cli, models, data, tmp_path):
+    values = ["--set", "method.leaf=1", "--set", "method.min_length=64"]
+    arguments = ["--data", data("images"), "--lengths", "64", *values, *QUICK, "--json", "-o", tmp_path / "out"]
+    outcome = cli("patch-attention", models("vit"), *arguments)
+    assert outcome.code == 0, outcome.err
+    assert {layer["reason"] for layer in outcome.answer["layers"]} == {"pays from 64 keys on, and the model takes 5"}
+
+
+def test_a_patched_model_can_be_patched_again(cli, patched, rows, tmp_path):
+    _, folder = patched
+    arguments = ["--data", rows, "--lengths", "128", "--layers", "0", *EXACT_LEAVES, *QUICK, "-o", tmp_path / "out"]
+    outcome = cli("patch-attention", folder, *arguments, "--json")
+    assert outcome.code == 0, outcome.err
+    assert [layer["method"] for layer in outcome.answer["layers"]] == ["cluster", "exact"]
