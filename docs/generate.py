@@ -17,7 +17,7 @@ os.environ |= {"COLUMNS": "100", "NO_COLOR": "1"}  # help pages wrap at the widt
 
 from kdtool import config
 from kdtool.cli import app
-from kdtool.registry import METHODS
+from kdtool.registry import ATTENTION, METHODS
 
 DOCS = Path(__file__).parent
 _BLOCK = re.compile(r"(<!-- begin: (?P<name>[\w -]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -85,9 +85,10 @@ def configuration() -> str:
     return "\n".join(lines).rstrip()
 
 
-def settings(method: str) -> str:
-    """A table of a method's settings."""
-    found = METHODS.info(method).settings
+def settings(name: str) -> str:
+    """A table of the settings of a method, or of an attention operator."""
+    registry = METHODS if name in METHODS.names() else ATTENTION
+    found = registry.info(name).settings
     if not found:
         return "No settings."
     rows = [f"| `method.{s.name}` | {'required' if s.required else _value(s.default)} | {s.doc} |" for s in found]
@@ -100,6 +101,12 @@ def method_index() -> str:
     return "\n".join(["| method | what it does |", "|---|---|", *rows])
 
 
+def attention_index() -> str:
+    """One line for each attention operator."""
+    rows = [f"| [`{name}`]({name}.md) | {ATTENTION.summary(name)} |" for name in ATTENTION.names()]
+    return "\n".join(["| operator | what it does |", "|---|---|", *rows])
+
+
 def block(name: str) -> str:
     """The text of a generated block, by the name in its marker."""
     kind, _, rest = name.partition(" ")
@@ -107,7 +114,7 @@ def block(name: str) -> str:
         return f"```text\n{help_text(*rest.split())}\n```"
     if kind == "settings":
         return settings(rest)
-    return {"configuration": configuration, "methods": method_index}[kind]()
+    return {"configuration": configuration, "methods": method_index, "attention": attention_index}[kind]()
 
 
 def render(text: str) -> str:

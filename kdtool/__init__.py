@@ -6,7 +6,7 @@ from kdtool import _autoload
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["__version__", "compare", "distill", "evaluate", "export", "load"]
+__all__ = ["__version__", "compare", "distill", "evaluate", "export", "load", "patch_attention"]
 
 _HOME = {
     "compare": "kdtool.pipelines",
@@ -14,6 +14,7 @@ _HOME = {
     "evaluate": "kdtool.pipelines",
     "export": "kdtool.pipelines",
     "load": "kdtool.models",
+    "patch_attention": "kdtool.pipelines",
 }
 
 

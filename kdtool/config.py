@@ -147,6 +147,30 @@ class TrainSection(Section):
     """Go on where an unfinished run of the same configuration stopped."""
 
 
+class PatchSection(Section):
+    """What patch-attention asks of a layer."""
+
+    layers: str | None = None
+    """Numbers of the attention layers to patch, such as 0-3,7 (default: all)."""
+    calibrate: str | None = None
+    """Data to choose the settings on (default: the training rows of the data)."""
+    max_error: float = Field(0.1, gt=0)
+    """Largest relative error of a head of a layer; a layer that would miss it stays exact."""
+    lengths: list[int] = Field([512, 2048], min_length=1)
+    """Numbers of keys at which error and time are measured."""
+    max_drop: list[str] = []
+    """How much worse metrics may become, such as accuracy=0.005."""
+    module_pattern: str | None = None
+    """Names of modules with a fused projection `qkv` to take in, such as blocks.*.attn."""
+
+    @field_validator("lengths")
+    @classmethod
+    def _long_enough(cls, value: list[int]) -> list[int]:
+        if min(value) < 64:
+            raise ValueError("should be 64 and more")
+        return sorted(set(value))
+
+
 class EvalSection(Section):
     """The proof."""
 
@@ -229,6 +253,7 @@ class RunConfig(Section):
     data: DataSection = DataSection()
     method: dict[str, Any] = {}
     train: TrainSection = TrainSection()
+    patch: PatchSection = PatchSection()
     eval: EvalSection = EvalSection()
     output: OutputSection = OutputSection()
     runtime: RuntimeSection = RuntimeSection()
@@ -481,6 +506,8 @@ def load_config(
         config = RunConfig.model_validate(values)
     except ValidationError as error:
         raise _explain(error, path, text) from None
+    if command == "patch-attention" and not config.method_name:
+        config.method = {"name": "cluster", **config.method}
     registry = _REGISTRY_OF.get(command)
     line = _line_of(text, ["method"]) if text else None
     where = f"{path}:{line}: " if line else ""

@@ -9,6 +9,7 @@ from torch import nn
 
 from kdtool.errors import ModelProblem, UsageProblem
 from kdtool.models import Loaded
+from kdtool.patching import KEY
 
 _COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "encoder_layers", "depth")
 
@@ -103,6 +104,7 @@ def from_layers(teacher: Loaded, spec: str) -> Loaded:
     holder, key = _place(config)
     chosen = layer_indices(spec, depth)
     setattr(holder, key, len(chosen))
+    vars(config).pop(KEY, None)  # it names layers of the teacher; the copy starts with exact attention
     for name, value in list(vars(holder).items()):
         # per-layer lists, such as layer_types of alternating attention
         if isinstance(value, list) and len(value) == depth and name.startswith("layer"):

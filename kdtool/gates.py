@@ -161,3 +161,53 @@ def check(
     value = math.nan if value is None else float(value)
     passed = value <= gate.bound if gate.upper else value >= gate.bound
     return GateResult(gate.name, gate.bound, value, passed, gate.upper)
+
+
+def parse_drops(items: Sequence[str]) -> list[tuple[str, float]]:
+    """Read what `--max-drop` was given: metrics, and how much worse each may become.
+
+    Raises:
+        UsageProblem: not METRIC=VALUE, not a number from 0 on, or an unknown metric.
+    """
+    known = {_plain(name) for name in (*METRICS.names(), *_OTHER)}
+    drops: list[tuple[str, float]] = []
+    for item in items:
+        metric, sign, text = (part.strip() for part in item.partition("="))
+        if not sign or not metric:
+            raise UsageProblem(f"--max-drop {item}: not METRIC=VALUE", hint="such as --max-drop accuracy=0.005")
+        if _plain(metric) not in known:
+            raise UsageProblem(f"--max-drop {item}: unknown metric '{metric}'", hint=nearest(_plain(metric), known))
+        try:
+            bound = float(text)
+        except ValueError:
+            bound = math.nan
+        if not (math.isfinite(bound) and bound >= 0.0):
+            raise UsageProblem(f"--max-drop {item}: '{text}' is not a number from 0 on")
+        drops.append((metric, bound))
+    return drops
+
+
+def check_drops(items: Sequence[str], after: Mapping[str, float], before: Mapping[str, float]) -> list[GateResult]:
+    """Hold a changed model against the one it was made from.
+
+    Args:
+        items: As given to `--max-drop`.
+        after: Metrics of the changed model.
+        before: Metrics of the other one.
+
+    Raises:
+        UsageProblem: a metric was not measured.
+    """
+    results = []
+    for metric, bound in parse_drops(items):
+        new, old = _lookup(after, metric), _lookup(before, metric)
+        if new is None or old is None:
+            raise UsageProblem(
+                f"--max-drop {metric}={bound:g}: the run does not measure {metric}",
+                why=f"it measures {', '.join(sorted(after)) or 'nothing'}",
+                hint=f"add it with --set eval.metrics=[{metric}]",
+            )
+        worse = old - new if higher_is_better(metric) else new - old
+        # a difference of two sums of fractions: the last bits are not the user's
+        results.append(GateResult(f"{metric}.drop", bound, worse, worse <= bound + 1e-9, upper=True))
+    return results

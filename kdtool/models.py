@@ -16,6 +16,7 @@ from torch import nn
 
 from kdtool.errors import ModelProblem
 from kdtool.hub import ModelRef, fetch_model
+from kdtool.patching.saving import FILE, restore
 from kdtool.run import Run
 
 transformers.utils.logging.disable_progress_bar()
@@ -87,7 +88,7 @@ def check_weights(folder: Path, name: str, allow_pickle: bool) -> None:
             raise ModelProblem(
                 f"'{name}' is incomplete", why=f"missing {', '.join(missing[:3])}", hint="download it again"
             )
-    if any(folder.glob("*.safetensors")):
+    if any(path.name != FILE for path in folder.glob("*.safetensors")):
         return
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
         if allow_pickle:
@@ -197,6 +198,7 @@ def load_model(text: str, auto: str, run: Run, what: str = "model", labels: Sequ
     else:
         model, missing = _load_auto(folder, text, auto, run, values, labels)
     model.float().eval()
+    restore(model, folder, text)
     facts = {"new_weights": missing, "dtype": values.get("dtype") or values.get("torch_dtype") or "float32"}
     return Loaded(model, None, text, revision, folder, facts)
 
@@ -335,6 +337,7 @@ def load(path_or_id: str | Path, task: str | None = None, run: Run | None = None
         model = auto_class(auto).from_pretrained(
             folder, local_files_only=True, trust_remote_code=run.trust_remote_code, weights_only=True, dtype="auto"
         )
+    restore(model, folder, str(path_or_id))
     return model.eval()
 
 

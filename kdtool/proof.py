@@ -57,6 +57,7 @@ class Proof:
         latency_ratio: Batch size to teacher's median latency divided by the student's.
         gates: Quality bars and what became of them.
         reload: `max_abs_diff`, `passed`, ... of the check in a fresh process; empty if not done.
+        roles: What tables call the two models.
     """
 
     student: Side
@@ -65,6 +66,7 @@ class Proof:
     latency_ratio: dict[int, float] = field(default_factory=dict)
     gates: list[GateResult] = field(default_factory=list)
     reload: dict[str, Any] = field(default_factory=dict)
+    roles: tuple[str, str] = ("student", "teacher")
 
 
 class Table(NamedTuple):
@@ -140,7 +142,7 @@ def table_of(proof: Proof) -> Table:
         rows.append([f"latency, batch {batch} (ms)", *cells, _times(ratio, "faster", "slower")])
     if teacher is None:
         return Table(["metric", "model"], [row[:2] for row in rows])
-    return Table(["metric", "student", "teacher", "kept"], rows)
+    return Table(["metric", *proof.roles, "kept"], rows)
 
 
 @dataclass(slots=True)
@@ -246,7 +248,7 @@ def _compared(proof: Proof) -> str:
     name, value = next(iter(proof.student.metrics.items()))
     text = f"{name} {number(value, proof.student.errors.get(name))}"
     if proof.teacher and name in proof.teacher.metrics:
-        text += f", teacher {number(proof.teacher.metrics[name], proof.teacher.errors.get(name))}"
+        text += f", {proof.roles[1]} {number(proof.teacher.metrics[name], proof.teacher.errors.get(name))}"
         if name in proof.retention:
             text += f" ({100 * proof.retention[name]:.1f} % kept)"
     return text

@@ -7,6 +7,7 @@ import torch
 
 from kdtool.config import OutputSection
 from kdtool.models import Loaded
+from kdtool.patching.saving import write_state
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -32,6 +33,7 @@ def save_model(loaded: Loaded, folder: Path, output: OutputSection) -> None:
     kept = {key: buffer.clone() for key, buffer in model.named_buffers() if key not in persistent}
     model.to(_DTYPES[name])
     model.save_pretrained(folder, max_shard_size=output.max_shard_size)
+    write_state(model, folder)
     model.float().eval()
     for key, buffer in kept.items():
         owner, _, leaf = key.rpartition(".")

@@ -13,7 +13,7 @@ import pytest
 from kdtool.cli.app import build
 from kdtool.config import key_paths
 from kdtool.errors import KdtoolError
-from kdtool.registry import METHODS
+from kdtool.registry import ATTENTION, METHODS
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -47,6 +47,17 @@ def test_method_pages_name_the_paper_and_every_setting(name):
         assert f"`method.{setting.name}`" in page
     number = re.search(r"arXiv:[\d.]+\d", METHODS.info(name).facts["paper"])
     assert number is None or number[0] in page
+
+
+@pytest.mark.parametrize("name", ATTENTION.names())
+def test_operator_pages_name_the_paper_and_every_setting(name):
+    page = (DOCS / "attention" / f"{name}.md").read_text(encoding="utf-8")
+    for heading in ("**Paper**", "## Settings", "## When to use it", "## Pitfalls"):
+        assert heading in page
+    for setting in ATTENTION.info(name).settings:
+        assert f"`method.{setting.name}`" in page
+    number = re.search(r"arXiv:? ?(\d+\.\d+)", ATTENTION.info(name).facts["paper"])
+    assert number is None or number[1] in page
 
 
 @cache

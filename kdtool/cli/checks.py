@@ -7,8 +7,8 @@ from pathlib import Path
 from kdtool import benchmarks
 from kdtool.config import RunConfig
 from kdtool.errors import OutputProblem, UsageProblem, nearest
-from kdtool.gates import parse_gates
-from kdtool.registry import EXPORTERS, METHODS, TASKS, check_fit
+from kdtool.gates import parse_drops, parse_gates
+from kdtool.registry import ATTENTION, EXPORTERS, METHODS, TASKS, check_fit
 
 MARKER = ".kdtool/run.json"
 """File by which an output folder is known to hold an unfinished run; the pipeline decides whether it is this one."""
@@ -29,7 +29,13 @@ def check(config: RunConfig) -> None:
         TASKS.check(config.data.task)
     parse_gates(config.eval.fail_under)
     _check_benchmark(config)
-    kinds = {"distill": _check_distill, "compare": _check_compare, "evaluate": _check_evaluate, "export": _check_export}
+    kinds = {
+        "distill": _check_distill,
+        "compare": _check_compare,
+        "evaluate": _check_evaluate,
+        "export": _check_export,
+        "patch-attention": _check_patch,
+    }
     kinds[config.command](config)
     if config.command != "compare":  # a comparison goes on in the folder it left
         check_output(config)
@@ -88,6 +94,18 @@ def _check_export(config: RunConfig) -> None:
     _need_output(config)
 
 
+def _check_patch(config: RunConfig) -> None:
+    if config.teacher.model is None:
+        raise UsageProblem("no model given", hint="kdtool patch-attention MODEL --data DATA -o FOLDER")
+    ATTENTION.check(config.method_name)
+    if config.method_name == "exact":
+        raise UsageProblem("--method exact is what the model has already", hint="such as --method cluster")
+    if config.data.source is None and config.eval.benchmark is None and config.patch.calibrate is None:
+        raise UsageProblem("no data given", hint="add --data DATA or --benchmark NAME")
+    parse_drops(config.patch.max_drop)
+    _need_output(config)
+
+
 def _check_benchmark(config: RunConfig) -> None:
     name = config.eval.benchmark
     if name is not None and name not in benchmarks.names():
@@ -123,6 +141,7 @@ def _check_not_an_input(config: RunConfig, folder: Path) -> None:
         ("teacher", config.teacher.model),
         ("student", config.student.model),
         ("data", config.data.source),
+        ("data", config.patch.calibrate),
     ):
         source = Path(given).expanduser() if given else None
         if source is not None and source.exists() and source.resolve().is_relative_to(target):

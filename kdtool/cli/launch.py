@@ -49,7 +49,7 @@ def start(command: "Command", values: Mapping[str, Any]) -> None:
         if values["dry_run"]:
             plan, result = pipelines.plan(config, run, values.get("nproc") or 1), None
         else:
-            plan, result = None, getattr(pipelines, command)(config, run)
+            plan, result = None, getattr(pipelines, command.replace("-", "_"))(config, run)
     if plan is not None:
         show_plan(command, plan, console)
     else:
@@ -75,6 +75,8 @@ def build_config(command: "Command", values: Mapping[str, Any], context: typer.C
         options["eval.metrics"] = [name.strip() for name in options["eval.metrics"].split(",") if name.strip()]
     if "eval.seeds" in options:
         options["eval.seeds"] = seed_list(options["eval.seeds"])
+    if "patch.lengths" in options:
+        options["patch.lengths"] = seed_list(options["patch.lengths"], "--lengths")
     if values.get("no_teacher_cache"):
         options["train.teacher_cache"] = False
     config = load_config(command, values["config"], overrides, options)
@@ -83,7 +85,7 @@ def build_config(command: "Command", values: Mapping[str, Any], context: typer.C
     return config
 
 
-def seed_list(text: str) -> list[int]:
+def seed_list(text: str, flag: str = "--seeds") -> list[int]:
     """Read `0,1,2`.
 
     Raises:
@@ -91,7 +93,8 @@ def seed_list(text: str) -> list[int]:
     """
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if not parts or not all(part.isdigit() for part in parts) or len(set(parts)) != len(parts):
-        raise UsageProblem(f"--seeds {text}: not a list of different whole numbers", hint="such as --seeds 0,1,2")
+        example = "0,1,2" if flag == "--seeds" else "512,2048"
+        raise UsageProblem(f"{flag} {text}: not a list of different whole numbers", hint=f"such as {flag} {example}")
     return [int(part) for part in parts]
 
 

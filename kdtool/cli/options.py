@@ -125,6 +125,40 @@ Method = Annotated[
     ),
 ]
 
+AttentionMethod = Annotated[
+    str | None,
+    _option(
+        "--method",
+        panel=METHOD,
+        text="Attention operator (default cluster); see: kdtool methods ls.",
+        metavar="NAME",
+        autocompletion=complete.names("attention"),
+    ),
+]
+Layers = Annotated[
+    str | None, _option("--layers", panel=METHOD, text="Attention layers to patch (default all).", metavar="0-3,7")
+]
+Calibrate = Annotated[
+    str | None,
+    _option("--calibrate", panel=DATA, text="Data to choose settings on (default: training rows).", metavar="DATA"),
+]
+MaxError = Annotated[
+    float | None,
+    _option("--max-error", panel=METHOD, text="Largest relative error of a head (default 0.1).", metavar="X"),
+]
+Lengths = Annotated[
+    str | None,
+    _option("--lengths", panel=METHOD, text="Numbers of keys to measure at (default 512,2048).", metavar="N,N,..."),
+]
+MaxDrop = Annotated[
+    list[str] | None,
+    _option("--max-drop", panel=OUTPUT, text="Exit 3 if a metric drops by more. Repeatable.", metavar="METRIC=VALUE"),
+]
+ModulePattern = Annotated[
+    str | None,
+    _option("--module-pattern", panel=MODEL, text="Modules with a projection qkv to take in.", metavar="PATTERN"),
+]
+
 # Optimisation
 Epochs = Annotated[float | None, _option("--epochs", panel=OPTIMISATION, text="Passes over the data.", metavar="X")]
 MaxSteps = Annotated[
@@ -264,6 +298,12 @@ KEYS: Mapping[str, str] = {
     "lr": "train.lr",
     "resume": "train.resume",
     "teacher_cache": "train.teacher_cache_dir",
+    "layers": "patch.layers",
+    "calibrate": "patch.calibrate",
+    "max_error": "patch.max_error",
+    "lengths": "patch.lengths",
+    "max_drop": "patch.max_drop",
+    "module_pattern": "patch.module_pattern",
     "benchmark": "eval.benchmark",
     "metrics": "eval.metrics",
     "temperature_scaling": "eval.temperature_scaling",
@@ -292,6 +332,7 @@ COMMAND_KEYS: Mapping[str, Mapping[str, str]] = {
     "compare": {},
     "evaluate": {"model": "student.model", "limit": "data.test_limit"},
     "export": {"model": "teacher.model"},
+    "patch-attention": {"model": "teacher.model", "limit": "data.test_limit"},
 }
 """What differs by subcommand: evaluate has no training rows to limit, and its model may have a teacher."""
 
@@ -300,5 +341,6 @@ FIRST_MODEL: Mapping[str, str] = {
     "compare": "teacher.model",
     "evaluate": "student.model",
     "export": "teacher.model",
+    "patch-attention": "teacher.model",
 }
 """Subcommand to the key that its first argument sets, and that --revision is for."""

@@ -4,7 +4,8 @@ from kdtool.pipelines.compare import compare
 from kdtool.pipelines.distill import distill
 from kdtool.pipelines.evaluate import evaluate
 from kdtool.pipelines.export import export
+from kdtool.pipelines.patch_attention import patch_attention
 from kdtool.pipelines.plan import plan
 from kdtool.pipelines.quickstart import quickstart
 
-__all__ = ["compare", "distill", "evaluate", "export", "plan", "quickstart"]
+__all__ = ["compare", "distill", "evaluate", "export", "patch_attention", "plan", "quickstart"]

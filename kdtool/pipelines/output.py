@@ -29,6 +29,7 @@ def fingerprint(config: RunConfig) -> str:
     values["output"] = {key: values["output"][key] for key in ("dtype", "max_shard_size")}
     values["train"].pop("resume")
     values["eval"].pop("fail_under")
+    values["patch"].pop("max_drop")
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

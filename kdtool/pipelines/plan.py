@@ -72,6 +72,8 @@ def plan(config: RunConfig, run: Run | None = None, processes: int = 1) -> dict[
         count, revision, shape = _shape(config.student.model, task, run)
         student = size_of(*shape)
         result["student"] = {"name": config.student.model, "revision": revision, "parameters": count}
+    if config.command == "patch-attention" and config.data.source is None:
+        config.data.source = config.patch.calibrate
     if config.data.source:
         data = setup.get_data(config, task, run, score_only=config.command == "evaluate")
         rows = {
@@ -89,6 +91,9 @@ def plan(config: RunConfig, run: Run | None = None, processes: int = 1) -> dict[
             tokens = tokens_of(config, task, data.train, student)
             count = rows.get("train", 0) if tokens is None else tokens[2]
             steps = _training(config, task, count, run.world, result)
+    if config.command == "patch-attention":
+        result["method"] = {"name": config.method_name, **config.method_values}
+        result["patch"] = config.patch.model_dump(mode="json")
     result["estimate"] = estimate(config, run, student, teacher, tokens, steps)
     result["output"] = config.output.folder
     return result

@@ -29,6 +29,7 @@ from kdtool.models import (
     read_json,
     resolve,
 )
+from kdtool.patching import KEY, install, layers_of
 from kdtool.pipelines.architectures import task_by_optimum
 from kdtool.registry import METRICS, TASKS
 from kdtool.run import Reporter, Run, Silent
@@ -339,7 +340,10 @@ def load_student(config: RunConfig, task: Task, data: DataSplits, teacher: Loade
         if data.labels and not student.facts["new_weights"] and student.labels != data.labels:
             _check_student_labels(student, data.labels)
     if config.student.init == "random" and student.facts["new_weights"] != ["all"]:
+        layers = layers_of(student.model)
         student.model = type(student.model)(copy.deepcopy(student.model.config)).eval()
+        if layers:
+            install(student.model, layers, getattr(student.model.config, KEY)["module_pattern"])
         student.facts["new_weights"] = ["all"]
     if data.labels:
         name_classes(student, data.labels)

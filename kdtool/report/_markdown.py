@@ -39,13 +39,13 @@ def _confidence(role: str, side: Side) -> str | None:
 
 
 def _calibration(proof: Proof) -> list[str]:
-    roles = [("student" if proof.teacher else "model", proof.student)]
-    roles += [("teacher", proof.teacher)] if proof.teacher else []
+    roles = [(proof.roles[0] if proof.teacher else "model", proof.student)]
+    roles += [(proof.roles[1], proof.teacher)] if proof.teacher else []
     lines = [line for role, side in roles if (line := _confidence(role, side))]
     for name, value in proof.student.metrics.items():
         if name.replace("_", "-") in _CALIBRATION:
             versus = number(proof.teacher.metrics.get(name)) if proof.teacher else "-"
-            lines.append(f"- {name}: {number(value)}" + (f" (teacher {versus})" if versus != "-" else ""))
+            lines.append(f"- {name}: {number(value)}" + (f" ({proof.roles[1]} {versus})" if versus != "-" else ""))
     return ["## Calibration", "", *lines, "", *_scaled(roles)] if lines else []
 
 
@@ -128,6 +128,7 @@ def write_report(
     history: Sequence[Mapping[str, Any]],
     config: RunConfig,
     plots: bool = True,
+    section: Sequence[str] = (),
 ) -> None:
     """Write `report.md`, and `plots/*.png` where matplotlib is installed.
 
@@ -137,6 +138,7 @@ def write_report(
         history: Log lines of training: `step`, `loss`, `lr`, and `parts` (name to value); may be empty.
         config: The resolved configuration.
         plots: Draw loss, quality against size, and reliability, as far as there is something to draw.
+        section: Lines of a part of its own, after the gates.
 
     Raises:
         OutputProblem: the folder cannot be written.
@@ -146,7 +148,7 @@ def write_report(
     lines = [f"# {config.command}: `{student.name}`{against}", "", markdown_table(table_of(proof)), ""]
     if any(math.isfinite(error) for error in student.errors.values()):
         lines += ["\u00b1 is one standard error over the test rows; differences within two of them may be chance.", ""]
-    lines += [*_calibration(proof), *_gates(proof)]
+    lines += [*_calibration(proof), *_gates(proof), *section]
     if plots:
         lines += _plots(folder, proof, history)
     lines += _made(config, history)

@@ -28,6 +28,8 @@ CASES = {
     "compare help": (["compare", "--help"], 0),
     "evaluate help": (["evaluate", "--help"], 0),
     "export help": (["export", "--help"], 0),
+    "patch-attention help": (["patch-attention", "--help"], 0),
+    "unknown operator": (["patch-attention", "m", "--data", "d", "--method", "none", "-o", "o"], 2),
     "methods help": (["methods", "--help"], 0),
     "recipes help": (["recipes", "copy", "--help"], 0),
     "quickstart help": (["quickstart", "--help"], 0),

@@ -1,10 +1,11 @@
+import math
 import subprocess
 import sys
 
 import pytest
 
 from kdtool.errors import UsageProblem
-from kdtool.gates import Gate, check, higher_is_better, parse_gates
+from kdtool.gates import Gate, check, check_drops, higher_is_better, parse_drops, parse_gates
 
 
 def test_both_forms_are_read():
@@ -80,3 +81,31 @@ def test_no_heavy_import():
         "assert not {'torch', 'numpy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("item", "after", "before", "drop", "passed"),
+    [
+        ("accuracy=0.005", {"accuracy": 0.9}, {"accuracy": 0.905}, 0.005, True),
+        ("accuracy=0.005", {"accuracy": 0.89}, {"accuracy": 0.905}, 0.015, False),
+        ("loss=0.1", {"loss": 1.3}, {"loss": 1.0}, 0.3, False),
+        ("macro_f1=0", {"macro-f1": 0.8}, {"macro-f1": 0.7}, -0.1, True),
+        ("accuracy=0.1", {"accuracy": math.nan}, {"accuracy": 0.7}, math.nan, False),
+    ],
+)
+def test_drops_bound_how_much_worse_a_metric_may_become(item, after, before, drop, passed):
+    (result,) = check_drops([item], after, before)
+    assert result.value == pytest.approx(drop, nan_ok=True)
+    assert result.passed is passed
+    assert result.upper
+
+
+@pytest.mark.parametrize("item", ["accuracy", "=1", "acuracy=0.1", "accuracy=x", "accuracy=-1", "accuracy=nan"])
+def test_wrong_drops_are_refused(item):
+    with pytest.raises(UsageProblem, match="--max-drop"):
+        parse_drops([item])
+
+
+def test_a_drop_of_what_was_not_measured_is_refused():
+    with pytest.raises(UsageProblem, match="does not measure"):
+        check_drops(["accuracy=0.1"], {"nll": 1.0}, {"nll": 1.0})
