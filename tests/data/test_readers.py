@@ -20,7 +20,7 @@ def encoded(suffix):
         ".csv": quoted.format(","),
         ".tsv": quoted.format("\t"),
     }[kind]
-    return gzip.compress(text.encode()) if suffix.endswith(".gz") else text.encode()
+    return gzip.compress(text.encode(), mtime=0) if suffix.endswith(".gz") else text.encode()
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".tsv", ".tsv.gz"])
@@ -65,8 +65,8 @@ def test_rows_that_arrow_does_not_take_are_read_slowly(tmp_path):
         ("a.csv", b"text\n\xff\xfe\n", r"a\.csv cannot be read as csv"),
         ("a.parquet", b"not parquet at all", r"a\.parquet cannot be read as parquet"),
         ("a.jsonl.gz", b'{"text": "a"}\n', r"a\.jsonl\.gz cannot be read as jsonl"),
-        ("a.csv.gz", gzip.compress(b"text\n" + b"abc\n" * 999)[:-20], r"a\.csv\.gz cannot be read as csv"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 999)[:-20], r"a\.jsonl\.gz cannot be read as jsonl"),
+        ("a.csv.gz", gzip.compress(b"text\n" + b"abc\n" * 999, mtime=0)[:-20], r"a\.csv\.gz cannot be read as csv"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 999, mtime=0)[:-20], r"a\.jsonl\.gz cannot be read as jsonl"),
         ("a.jsonl", b'{"text": "\xff"}\n', r"a\.jsonl cannot be read as jsonl"),
     ],
 )
