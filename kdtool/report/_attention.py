@@ -59,9 +59,7 @@ def attention_section(
     ]
     left = [choice for choice in choices if choice.layer.reason is not None]
     lines += [f"- Layer {choice.number} is exact: {choice.layer.reason}." for choice in left]
-    lines += [
-        f"- While the test rows were scored and timed {calls['approximate']} of {calls['total']} calls were approximate."
-    ]
+    lines += [f"- Scoring and timing on the test rows: {calls['approximate']} of {calls['total']} calls approximate."]
     lines += (
         ["- In every layer said to be patched the operator was seen to run.", ""] if len(left) < len(rows) else [""]
     )
