@@ -40,7 +40,7 @@ def attention_section(
         folder: The result folder; the plot goes to `plots/attention.png`.
         choices: What became of each module.
         lengths: Lengths at which speed was asked for.
-        calls: `approximate` and `total` calls of attention while the test rows were scored and timed
+        calls: `approximate` and `total` calls of attention while the test rows were scored and timed.
         plots: Draw, where matplotlib is installed.
 
     Raises:
@@ -59,9 +59,7 @@ def attention_section(
     ]
     left = [choice for choice in choices if choice.layer.reason is not None]
     lines += [f"- Layer {choice.number} is exact: {choice.layer.reason}." for choice in left]
-    lines += [
-        f"- {calls['approximate']} of {calls['total']} calls were approximate while test rows were scored and timed."
-    ]
+    lines += [f"- Scoring and timing on the test rows: {calls['approximate']} of {calls['total']} calls approximate."]
     lines += (
         ["- In every layer said to be patched the operator was seen to run.", ""] if len(left) < len(rows) else [""]
     )

@@ -158,3 +158,17 @@ def test_a_patched_model_can_be_patched_again(cli, patched, rows, tmp_path):
     outcome = cli("patch-attention", folder, *arguments, "--json")
     assert outcome.code == 0, outcome.err
     assert [layer["method"] for layer in outcome.answer["layers"]] == ["cluster", "exact"]
+
+
+def test_a_patched_model_can_be_a_student_and_stays_patched(cli, patched, model, rows, tmp_path):
+    _, folder = patched
+    arguments = ["--method", "kd", "--data", rows, "--max-steps", "2", "--batch-size", "4", *QUICK]
+    outcome = cli("distill", model, "--student", folder, *arguments, "--json", "-o", tmp_path / "out")
+    assert outcome.code == 0, outcome.err
+    before, after = (json.loads((path / "config.json").read_text()) for path in (folder, tmp_path / "out"))
+    assert after["kde_attention"] == before["kde_attention"]
+    trained = kdtool.load(tmp_path / "out")
+    ids = torch.randint(4, 20, (1, 128), generator=torch.Generator().manual_seed(0))
+    with patching.counting() as count, torch.no_grad():
+        trained(input_ids=ids)
+    assert count.approximate == 2
