@@ -104,6 +104,32 @@ class DataSection(Section):
     """Use at most this many test rows (a seeded choice)."""
 
 
+class AugmentSection(Section):
+    """Altered images to train on; the teacher sees what the student sees, rows to score stay as they are."""
+
+    crop: float = Field(0.0, ge=0, lt=0.5)
+    """Shift images by up to this share of their side, black beyond (0.125 is 4 of 32 pixels); 0 for none."""
+    flip: bool = False
+    """Mirror half of the images."""
+    randaugment: int = Field(0, ge=0, le=8)
+    """Operations of RandAugment for each image; needs kornia."""
+    magnitude: int = Field(9, ge=0, le=30)
+    """Their strength."""
+    mixup: float = Field(0.0, ge=0, le=1)
+    """Mix images and labels of pairs in shares drawn from Beta(mixup, mixup); 0 for none."""
+    cutmix: float = Field(0.0, ge=0, le=1)
+    """Paste a box of another image, of an area from Beta(cutmix, cutmix); with mixup half of the images each."""
+    views: int = Field(0, ge=0)
+    """Views of each row, used in turn, so that a teacher cache can hold them; 0 for a new one in each epoch."""
+    seed: int = Field(0, ge=0)
+    """Seed of the views; apart from runtime.seed, so that runs of several seeds can share a teacher cache."""
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is altered."""
+        return bool(self.crop or self.flip or self.randaugment or self.mixup or self.cutmix)
+
+
 class TrainSection(Section):
     """The training loop."""
 
@@ -252,6 +278,7 @@ class RunConfig(Section):
     student: StudentSection = StudentSection()
     data: DataSection = DataSection()
     method: dict[str, Any] = {}
+    augment: AugmentSection = AugmentSection()
     train: TrainSection = TrainSection()
     patch: PatchSection = PatchSection()
     eval: EvalSection = EvalSection()

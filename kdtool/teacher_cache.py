@@ -24,12 +24,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kdtool.config import AugmentSection
 from kdtool.data.batching import ordered_batches
 from kdtool.data.examples import Examples
 from kdtool.errors import ConfigProblem, OutputProblem, UsageProblem
 from kdtool.models import Loaded
 from kdtool.run import Run
-from kdtool.tasks._base import LABELS, Task, to_device, view_of
+from kdtool.tasks._base import LABELS, Task, view_of
+from kdtool.tasks._views import Views, collated
 from kdtool.writing import write_text
 
 _CHUNK = 32
@@ -53,7 +55,9 @@ def data_hash(data: Examples) -> str:
     return digest.hexdigest()
 
 
-def fingerprint(teacher: Loaded, data: Examples, run: Run, processor: str) -> dict[str, str]:
+def fingerprint(
+    teacher: Loaded, data: Examples, run: Run, processor: str, augment: AugmentSection | None = None
+) -> dict[str, str]:
     """Everything that shapes what a teacher says, part by part.
 
     Args:
@@ -61,12 +65,14 @@ def fingerprint(teacher: Loaded, data: Examples, run: Run, processor: str) -> di
         data: Encoded training rows.
         run: Gives device and number format.
         processor: Description of what makes the teacher's inputs.
+        augment: How rows are altered; None, or nothing in it, where they are not.
     """
     digest = hashlib.sha256()
     config: Any = teacher.model.config
     for name, tensor in teacher.model.state_dict().items():
         digest.update(name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return {
+    views = {"views": augment.model_dump_json()} if augment is not None and augment.active else {}
+    return views | {
         "teacher": digest.hexdigest(),
         "architecture": hashlib.sha256(json.dumps(config.to_diff_dict(), default=str).encode()).hexdigest(),
         "data": data_hash(data),
@@ -105,6 +111,8 @@ class TeacherCache:
         index: Number of the teacher among the method's teachers.
         marks: Its fingerprint.
         limit: Largest size in bytes.
+        views: Makes the altered rows of which it holds what the teacher says, `views.count` for each row;
+            None for the rows as they are.
 
     Raises:
         ConfigProblem: the folder holds the cache of something else.
@@ -122,20 +130,23 @@ class TeacherCache:
         index: int,
         marks: Mapping[str, str],
         limit: int,
+        views: Views | None = None,
     ) -> None:
+        self.views = views
+        self.size = len(data) * (views.count if views else 1)
         self.task, self.teacher, self.data, self.run, self.index = task, teacher, data, run, index
-        self.chunks = ordered_batches(data.lengths, len(data), _CHUNK)
-        self.chunk_of = np.empty(len(data), dtype=np.int64)
+        self.chunks = ordered_batches(None if views else data.lengths, self.size, _CHUNK)
+        self.chunk_of = np.empty(self.size, dtype=np.int64)
         for number, rows in enumerate(self.chunks):
             self.chunk_of[rows] = number
         shape = self._row_shape()
-        size = len(data) * _row_bytes(shape)
+        size = self.size * _row_bytes(shape)
         if size > limit:
             raise UsageProblem(
                 f"the teacher cache would take {size / 2**20:,.0f} MiB, more than the {limit / 2**20:,.0f} MiB allowed",
                 hint="--set train.teacher_cache_limit=MIB allows more, --no-teacher-cache does without",
             )
-        self._open(folder, marks, {"logits": ("F32", (len(data), *shape)), "sums": ("I32", (len(self.chunks),))})
+        self._open(folder, marks, {"logits": ("F32", (self.size, *shape)), "sums": ("I32", (len(self.chunks),))})
         # chunks that this process has checked or computed, and whether these are all
         self.known, self.complete = np.zeros(len(self.chunks), dtype=bool), False
 
@@ -154,7 +165,7 @@ class TeacherCache:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 _create(folder / _FILE, tensors)
-                write_text(known, json.dumps({"rows": len(self.data), **marks}, indent=2) + "\n")
+                write_text(known, json.dumps({"rows": self.size, **marks}, indent=2) + "\n")
             except (OSError, OutputProblem) as error:
                 why = error.strerror if isinstance(error, OSError) else error.why
                 raise OutputProblem(
@@ -179,7 +190,10 @@ class TeacherCache:
     @torch.no_grad()
     def _run_teacher(self, rows: Sequence[int] | np.ndarray) -> Tensor:
         """Logits of some rows: [rows, classes], or [rows, tokens, vocabulary]."""
-        batch = to_device(self.task.collate([self.data[int(i)] for i in rows]), self.run.device)
+        if self.views is None:
+            batch = collated(self.task, self.data, rows, self.run.device)
+        else:
+            batch = self.views.batch(np.asarray(rows), self.run.device)
         with torch.autocast(self.run.device.split(":")[0], _dtype(self.run), enabled=self.run.dtype is not None):
             out = self.task.forward(self.teacher.model, view_of(batch, self.index))
         logits = out.logits.float().cpu()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kdtool.data.examples import Examples
 from kdtool.models import Loaded
-from kdtool.tasks._base import ROWS, Batch, Outputs, Task, view_of
+from kdtool.tasks._base import VIEW, Batch, Outputs, Task, view_of
 from kdtool.teacher_cache import TeacherCache
 
 
@@ -59,6 +59,8 @@ class Method(nn.Module):
     """Fewest and most teachers."""
     reads_teacher: ClassVar[bool] = True
     """False if the loss never asks the teacher, or trains it."""
+    mixes: ClassVar[bool] = False
+    """True if the loss takes labels [units, classes], as mixup and CutMix make them."""
     batchwise: ClassVar[bool] = False
     """True if the loss couples the samples of a batch."""
     golden: ClassVar[str] = ""
@@ -103,8 +105,8 @@ class Method(nn.Module):
 
         Cached outputs carry no labels.
         """
-        if cached and index in self.caches and ROWS in batch:
-            return Outputs(self.caches[index].get(batch[ROWS]), None)
+        if cached and index in self.caches and VIEW in batch:
+            return Outputs(self.caches[index].get(batch[VIEW]), None)
         return self.task.forward(self.teacher_list[index].model, view_of(batch, index))
 
     def step(self, batch: Batch, progress: float) -> Losses:

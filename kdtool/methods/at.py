@@ -57,6 +57,7 @@ class Method(_maps.StagesMethod):
 
     paper: ClassVar[str] = "Zagoruyko, Komodakis: Paying More Attention to Attention, 2017, arXiv:1612.03928"
     tasks: ClassVar[frozenset[str]] = frozenset({"text-classification", "image-classification", "audio-classification"})
+    mixes: ClassVar[bool] = True
     needs: ClassVar[str] = "features at several positions, such as pixels, tokens or frames"
 
     def terms(

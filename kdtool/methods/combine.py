@@ -70,6 +70,7 @@ class Method(_terms.TermMethod):
     tasks: ClassVar[frozenset[str]] = frozenset(
         {"text-classification", "image-classification", "audio-classification", "tabular-classification", "causal-lm"}
     )
+    mixes: ClassVar[bool] = True
 
     def __init__(self, config: Config, student: Loaded, teachers: Sequence[Loaded], task: Task) -> None:
         super().__init__(config, student, teachers, task)
@@ -94,6 +95,7 @@ class Method(_terms.TermMethod):
         self.student_taps = tuple(dict.fromkeys(tap for m in members for tap in m.student_taps))
         self.teacher_taps = tuple(dict.fromkeys(tap for m in members for tap in m.teacher_taps))
         self.batchwise = any(m.batchwise for m in members)  # type: ignore[misc] # a fact of this combination
+        self.mixes = all(m.mixes for m in members)  # type: ignore[misc]
         self.needs_rows = any(m.needs_rows for m in members)  # type: ignore[misc]
         self.reads_teacher = any(m.reads_teacher for m in members)  # type: ignore[misc]
 

@@ -64,6 +64,7 @@ class Method(_terms.TermMethod):
     tasks: ClassVar[frozenset[str]] = frozenset(
         {"text-classification", "image-classification", "audio-classification", "tabular-classification"}
     )
+    mixes: ClassVar[bool] = True
     batchwise: ClassVar[bool] = True
     minimum: ClassVar[str] = "0 only up to the 1e-8 in the denominator, which counts where outputs hardly differ"
 

@@ -68,6 +68,7 @@ class Method(_terms.TermMethod):
     tasks: ClassVar[frozenset[str]] = frozenset(
         {"text-classification", "image-classification", "audio-classification", "tabular-classification", "causal-lm"}
     )
+    mixes: ClassVar[bool] = True
 
     def cautions(self, epochs: float) -> Sequence[str]:
         """Large weights lose to plain training in short schedules."""

@@ -50,6 +50,7 @@ class Method(_maps.PairMethod):
     tasks: ClassVar[frozenset[str]] = frozenset(
         {"text-classification", "image-classification", "audio-classification", "tabular-classification"}
     )
+    mixes: ClassVar[bool] = True
 
     def build(self, student: _terms.Side, teacher: _terms.Side | None, data: Examples) -> None:
         """Make the regressor."""

@@ -34,6 +34,7 @@ class Method(_terms.TermMethod):
     tasks: ClassVar[frozenset[str]] = frozenset(
         {"text-classification", "image-classification", "audio-classification", "tabular-classification", "causal-lm"}
     )
+    mixes: ClassVar[bool] = True
 
     def terms(
         self, student: _terms.Side, teacher: _terms.Side | None, labels: Tensor, batch: Batch, progress: float

@@ -34,6 +34,7 @@ class Method(_terms.TermMethod):
     tasks: ClassVar[frozenset[str]] = frozenset(
         {"text-classification", "image-classification", "audio-classification", "tabular-classification", "causal-lm"}
     )
+    mixes: ClassVar[bool] = True
     golden: ClassVar[str] = "no reference values exist: checked against its formula in tests/test_divergences.py"
 
     def terms(

@@ -51,6 +51,7 @@ class Method(_maps.PairMethod):
 
     paper: ClassVar[str] = "Yang et al.: Masked Generative Distillation, 2022, arXiv:2205.01529"
     tasks: ClassVar[frozenset[str]] = frozenset({"image-classification"})
+    mixes: ClassVar[bool] = True
     needs: ClassVar[str] = "feature maps with height and width"
     golden: ClassVar[str] = "no reference values exist: checked against its formula in tests/methods/test_mgd.py"
     minimum: ClassVar[str] = "the generator starts at random"

@@ -24,6 +24,7 @@ class Method(_base.Method):
     tasks: ClassVar[frozenset[str]] = frozenset(
         {"text-classification", "image-classification", "audio-classification", "tabular-classification", "causal-lm"}
     )
+    mixes: ClassVar[bool] = True
     teachers: ClassVar[tuple[int, int]] = (0, 1)
     reads_teacher: ClassVar[bool] = False
     golden: ClassVar[str] = "plain cross-entropy: checked against torch in tests/test_divergences.py"

@@ -53,6 +53,7 @@ class Method(_maps.PairMethod):
         "Huang, Wang: Like What You Like: Knowledge Distill via Neuron Selectivity Transfer, 2017, arXiv:1707.01219"
     )
     tasks: ClassVar[frozenset[str]] = frozenset({"text-classification", "image-classification", "audio-classification"})
+    mixes: ClassVar[bool] = True
     needs: ClassVar[str] = "features at several positions, such as pixels, tokens or frames"
 
     def terms(

@@ -80,6 +80,7 @@ class Method(_maps.StagesMethod):
 
     paper: ClassVar[str] = "Heo et al.: A Comprehensive Overhaul of Feature Distillation, 2019, arXiv:1904.01866"
     tasks: ClassVar[frozenset[str]] = frozenset({"image-classification"})
+    mixes: ClassVar[bool] = True
     needs: ClassVar[str] = "feature maps with height and width"
     minimum: ClassVar[str] = "the connectors start at random"
     tap_prefix = PRE

@@ -96,6 +96,7 @@ class Method(_maps.StagesMethod):
 
     paper: ClassVar[str] = "Chen, Liu, Zhao, Jia: Distilling Knowledge via Knowledge Review, 2021, arXiv:2104.09044"
     tasks: ClassVar[frozenset[str]] = frozenset({"image-classification"})
+    mixes: ClassVar[bool] = True
     needs: ClassVar[str] = "feature maps with height and width"
     minimum: ClassVar[str] = "the fusion starts at random"
     tap_prefix = PRE

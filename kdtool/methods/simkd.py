@@ -63,6 +63,7 @@ class Method(_terms.TermMethod):
     tasks: ClassVar[frozenset[str]] = frozenset(
         {"text-classification", "image-classification", "audio-classification", "tabular-classification"}
     )
+    mixes: ClassVar[bool] = True
     minimum: ClassVar[str] = "the projector starts at random"
     combinable: ClassVar[bool] = False
 

@@ -158,6 +158,7 @@ class Method(_terms.TermMethod):
     tasks: ClassVar[frozenset[str]] = frozenset(
         {"text-classification", "image-classification", "audio-classification", "tabular-classification", "causal-lm"}
     )
+    mixes: ClassVar[bool] = True
     batchwise: ClassVar[bool] = True
     needs_rows: ClassVar[bool] = True
     minimum: ClassVar[str] = "a cross-entropy, and entropic transport, which moves mass even between equal sets"

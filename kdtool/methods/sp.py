@@ -53,6 +53,7 @@ class Method(_maps.PairMethod):
     tasks: ClassVar[frozenset[str]] = frozenset(
         {"text-classification", "image-classification", "audio-classification", "tabular-classification"}
     )
+    mixes: ClassVar[bool] = True
     batchwise: ClassVar[bool] = True
 
     def terms(

@@ -51,6 +51,7 @@ class Method(_terms.TermMethod):
     tasks: ClassVar[frozenset[str]] = frozenset(
         {"text-classification", "image-classification", "audio-classification", "tabular-classification"}
     )
+    mixes: ClassVar[bool] = True
     golden: ClassVar[str] = "no reference values exist: checked against its formula in tests/methods/test_srrl.py"
 
     def __init__(self, config: Config, student: Loaded, teachers: Sequence[Loaded], task: Task) -> None:

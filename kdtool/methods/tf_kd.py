@@ -78,6 +78,7 @@ class Method(_terms.TermMethod):
     tasks: ClassVar[frozenset[str]] = frozenset(
         {"text-classification", "image-classification", "audio-classification", "tabular-classification", "causal-lm"}
     )
+    mixes: ClassVar[bool] = True
     teachers: ClassVar[tuple[int, int]] = (0, 1)
     reads_teacher: ClassVar[bool] = False
     combinable: ClassVar[bool] = False

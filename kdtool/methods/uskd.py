@@ -158,6 +158,7 @@ class Method(_terms.TermMethod):
     tasks: ClassVar[frozenset[str]] = frozenset(
         {"text-classification", "image-classification", "audio-classification", "tabular-classification"}
     )
+    mixes: ClassVar[bool] = True
     teachers: ClassVar[tuple[int, int]] = (0, 0)
     reads_teacher: ClassVar[bool] = False
     batchwise: ClassVar[bool] = True

@@ -63,6 +63,7 @@ class Method(_maps.PairMethod):
     tasks: ClassVar[frozenset[str]] = frozenset(
         {"text-classification", "image-classification", "audio-classification", "tabular-classification"}
     )
+    mixes: ClassVar[bool] = True
     golden: ClassVar[str] = "no reference values exist: checked against its formula in tests/methods/test_vid.py"
     minimum: ClassVar[str] = "the predictor starts at random"
 

@@ -62,6 +62,7 @@ class Method(_terms.TermMethod):
     tasks: ClassVar[frozenset[str]] = frozenset(
         {"text-classification", "image-classification", "audio-classification", "tabular-classification", "causal-lm"}
     )
+    mixes: ClassVar[bool] = True
     minimum: ClassVar[str] = "a cross-entropy: a student equal to its teacher is left with the teacher's entropy"
 
     def terms(

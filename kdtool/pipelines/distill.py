@@ -10,7 +10,7 @@ import torch
 
 from kdtool.card import write_card
 from kdtool.config import RunConfig
-from kdtool.data.examples import DataSplits
+from kdtool.data.examples import DataSplits, Examples
 from kdtool.errors import DataProblem, QualityProblem, TrainingProblem, UsageProblem
 from kdtool.models import Loaded, load
 from kdtool.pipelines import setup
@@ -24,7 +24,8 @@ from kdtool.registry import METHODS, check_fit
 from kdtool.report import write_manifest, write_report
 from kdtool.run import Run
 from kdtool.saving import save_model
-from kdtool.tasks._base import Task
+from kdtool.tasks._base import TEACHER_PREFIX, Task
+from kdtool.tasks._views import PIXELS, Views
 from kdtool.teacher_cache import TeacherCache, fingerprint, is_of_another_run
 from kdtool.train import parallel
 from kdtool.train.loop import History, Trainer
@@ -48,6 +49,7 @@ class Ready:
     teacher: Loaded | None
     student: Loaded
     method: Any
+    views: Views | None = None
 
 
 def get_ready(config: RunConfig, run: Run) -> Ready:
@@ -84,7 +86,33 @@ def get_ready(config: RunConfig, run: Run) -> Ready:
     config.train.lr = config.train.lr or task.default_lr
     settings = METHODS.build_config(config.method_name, config.method_values)
     method = METHODS.get(config.method_name)(settings, student, [teacher] if teacher else [], task)
-    return Ready(task, data, encoded, teacher, student, method)
+    views = make_views(config, task, encoded.train, student, teacher)
+    if (config.augment.mixup or config.augment.cutmix) and not method.mixes:
+        raise UsageProblem(
+            f"method {config.method_name} cannot take the mixed labels of augment.mixup and augment.cutmix",
+            why="it asks which class a row has",
+            hint=f"those that can: {', '.join(n for n in METHODS.names() if METHODS.info(n).facts.get('mixes'))}",
+        )
+    return Ready(task, data, encoded, teacher, student, method, views)
+
+
+def make_views(
+    config: RunConfig, task: Task, rows: Examples | None, student: Loaded, teacher: Loaded | None
+) -> Views | None:
+    """What alters the training rows; None where nothing does.
+
+    Raises:
+        UsageProblem: the rows are no images, or an extra is missing.
+    """
+    if not config.augment.active or rows is None:
+        return None
+    if task.name != "image-classification":
+        raise UsageProblem(f"augment.* alters images, and {task.name} has none", hint="leave the section out")
+    processors = {"": student.processor}
+    other = f"{TEACHER_PREFIX}0."
+    if teacher is not None and other + PIXELS in rows.columns:
+        processors[other] = teacher.processor
+    return Views(task, rows, config.augment, processors, len(student.labels or []))
 
 
 def attach_cache(trainer: Trainer, ready: Ready, config: RunConfig, run: Run, default: Path) -> None:
@@ -95,25 +123,32 @@ def attach_cache(trainer: Trainer, ready: Ready, config: RunConfig, run: Run, de
     """
     train = config.train
     wanted = train.teacher_cache if train.teacher_cache is not None else train.teacher_cache_dir is not None or None
-    seen_again = trainer.plan.steps * train.grad_accum > _WORTH * trainer.plan.per_epoch
+    views = ready.views
+    seen_again = trainer.plan.steps * train.grad_accum > _WORTH * trainer.plan.per_epoch * (views.count if views else 1)
+    if views is not None and not views.count:
+        if wanted:
+            raise UsageProblem(
+                "no teacher cache can hold the views of every epoch", hint="--set augment.views=8 uses eight in turn"
+            )
+        return
     if ready.teacher is None or not ready.method.reads_teacher or wanted is False or not (wanted or seen_again):
         return
     folder = Path(train.teacher_cache_dir).expanduser() if train.teacher_cache_dir else default
     data = trainer.plan.data
-    marks = fingerprint(ready.teacher, data, run, setup.processor_key(ready.teacher.processor))
+    marks = fingerprint(ready.teacher, data, run, setup.processor_key(ready.teacher.processor), config.augment)
     limit = train.teacher_cache_limit * 2**20
     try:
         with parallel.first_alone(run):
             if run.rank == 0 and train.teacher_cache_dir is None and is_of_another_run(folder, marks):
                 shutil.rmtree(folder)  # our own, and what it was made with has changed since
-            cache = TeacherCache(folder, ready.task, ready.teacher, data, run, 0, marks, limit)
+            cache = TeacherCache(folder, ready.task, ready.teacher, data, run, 0, marks, limit, views)
     except UsageProblem as problem:
         if wanted:
             raise
         run.reporter.info(f"no teacher cache: {problem.message}")
         return
     ready.method.caches[0] = cache
-    run.reporter.info(f"teacher cache: {cache.share:.0%} of {len(data)} rows are there")
+    run.reporter.info(f"teacher cache: {cache.share:.0%} of {cache.size} rows are there")
 
 
 def rehearse(trainer: Trainer) -> None:
@@ -173,6 +208,7 @@ def distill(config: RunConfig, run: Run | None = None) -> Result:
             run,
             setup.is_head_of(ready.student.model),
             output.checkpoints,
+            ready.views,
         )
         attach_cache(trainer, ready, config, run, output.work / "teacher-cache")
         rehearse(trainer)

@@ -166,9 +166,16 @@ def _cache_bytes(config: RunConfig, teacher: Size | None, tokens: tuple[float, i
     """Size of the teacher cache; 0 where there will be none."""
     if teacher is None or tokens is None or not _reads(config) or config.train.teacher_cache is False:
         return 0
+    if config.augment.active and not config.augment.views:
+        return 0  # each epoch has views of its own
     units = tokens[2] * (tokens[1] - 1 if config.data.task == "causal-lm" else 1)
-    size = 4 * units * teacher.classes
+    size = 4 * units * teacher.classes * _views(config)
     return size if size <= config.train.teacher_cache_limit * 2**20 else 0
+
+
+def _views(config: RunConfig) -> int:
+    """How many views of each row a cache holds."""
+    return max(1, config.augment.views) if config.augment.active else 1
 
 
 def _time(
@@ -186,7 +193,7 @@ def _time(
     seen = steps * config.train.grad_accum * config.train.batch_size * run.world
     work = 6.0 * student.working * mean * seen
     if teacher is not None and _reads(config):
-        work += 2.0 * teacher.working * mean * (min(seen, rows) if cached else seen)
+        work += 2.0 * teacher.working * mean * (min(seen, rows * _views(config)) if cached else seen)
     measured = speed(run)
     seconds = work / (measured * _EFFICIENCY * run.world)
     share = f"{work / run.world / 1e12:.3g} TFLOP" + (" a process" if run.world > 1 else "")

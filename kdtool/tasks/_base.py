@@ -21,6 +21,9 @@ LABELS = "labels"
 ROWS = "cache.rows"
 """Batch key of the numbers of the batch's rows in the training data, where a teacher cache is used."""
 
+VIEW = "cache.views"
+"""Batch key beside it: numbers by which a teacher cache knows the rows, those of their views where they are altered."""
+
 TEACHER_PREFIX = "teacher"
 """Batch keys `teacher0.input_ids` hold inputs made by the processor of teacher 0."""
 
@@ -34,7 +37,8 @@ class Outputs:
 
     Attributes:
         logits: [units, classes]
-        labels: [units] int64 class ids, or None where the batch has none.
+        labels: [units] int64 class ids, or [units, classes] probabilities where images were mixed; None
+            where the batch has none.
     """
 
     logits: Tensor

@@ -25,7 +25,8 @@ from kdtool.data.batching import epoch_batches
 from kdtool.data.examples import Examples
 from kdtool.errors import Interrupted, TrainingProblem
 from kdtool.run import Run
-from kdtool.tasks._base import ROWS, Batch, to_device
+from kdtool.tasks._base import ROWS, VIEW, Batch, to_device
+from kdtool.tasks._views import Views, collated
 from kdtool.train import checkpoint, parallel, state
 from kdtool.train.optim import build_optimizer, parameter_groups
 from kdtool.train.schedule import factor
@@ -67,6 +68,10 @@ class Plan:
         self.steps = config.max_steps or whole
         self._epoch = -1
         self._batches: list[Any] = []
+
+    def epoch(self, step: int, micro: int) -> int:
+        """The pass over the data, from 0, that a micro-batch belongs to."""
+        return (step * self.config.grad_accum + micro) // self.per_epoch
 
     def rows(self, step: int, micro: int) -> Any:
         """Row numbers of micro-batch `micro` of step `step`, over all processes."""
@@ -121,6 +126,7 @@ class Trainer:
         run: Context.
         is_head: Names the parameters that train at `head_lr`.
         folder: Where checkpoints go; None for none.
+        views: Makes altered rows; None to train on the rows as they are.
     """
 
     def __init__(
@@ -131,6 +137,7 @@ class Trainer:
         run: Run,
         is_head: Callable[[str], bool] = lambda _name: False,
         folder: Path | None = None,
+        views: Views | None = None,
     ) -> None:
         assert config.lr is not None
         for teacher in method.teacher_list:
@@ -146,6 +153,7 @@ class Trainer:
         self.clip = config.clip if config.clip is not None else float(config.optimizer == "adamw")
         self.run = run
         self.folder = folder
+        self.views = views
         method.setup(self.load(range(min(2, len(data)))), data)
         self.frozen |= _kept_frozen(method)
         self.method.to(run.device)
@@ -271,13 +279,17 @@ class Trainer:
         dtype = _AUTOCAST.get(self.run.dtype or "")
         return contextlib.nullcontext() if dtype is None else torch.autocast(self.run.device.split(":")[0], dtype)
 
-    def load(self, rows: Any) -> Batch:
-        """Collated rows on the device."""
-        data = self.plan.data
-        batch = self.method.task.collate([data[int(i)] for i in rows])
+    def load(self, rows: Any, epoch: int = 0) -> Batch:
+        """Collated rows on the device, altered as they are in that epoch."""
+        if self.views is None:
+            numbers, batch = rows, collated(self.method.task, self.plan.data, rows, self.run.device)
+        else:
+            numbers = self.views.numbers(rows, epoch)
+            batch = self.views.batch(numbers, self.run.device)
         if self.method.caches or self.method.needs_rows:
-            batch[ROWS] = torch.as_tensor(np.asarray(rows))
-        return to_device(batch, self.run.device)
+            named = {ROWS: rows, VIEW: numbers}.items()
+            batch |= to_device({key: torch.as_tensor(np.asarray(value)) for key, value in named}, self.run.device)
+        return batch
 
     def _step(self, optimizer: torch.optim.Optimizer, step: int, first: int, last: int) -> None:
         """One optimiser step over all its micro-batches."""
@@ -290,7 +302,7 @@ class Trainer:
             everyone = self.plan.rows(step, micro)
             self.history.samples += len(everyone)
             for rows, idle in self._shares(everyone):
-                batch = self.load(rows)
+                batch = self.load(rows, self.plan.epoch(step, micro))
                 with self._autocast():
                     losses = self.method(batch, progress)
                 self.scaler.scale(losses.total * 0 if idle else losses.total).backward()

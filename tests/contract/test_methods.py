@@ -17,7 +17,7 @@ from kdtool.models import Loaded
 from kdtool.registry import METHODS, TASKS
 from kdtool.run import Run, Silent
 from kdtool.saving import save_model
-from kdtool.tasks._base import to_device
+from kdtool.tasks._base import LABELS, to_device
 from kdtool.train.loop import Trainer
 from kdtool.train.state import seed_everything
 from tests.kits import gradients
@@ -146,6 +146,23 @@ def test_one_batch_of_eight_equals_eight_of_one(name, task, kit):
     scale = max(float(gradient.abs().max()) for gradient in expected.values())
     for key, gradient in gradients(method).items():
         torch.testing.assert_close(gradient / count, expected[key], rtol=1e-4, atol=1e-5 * scale, msg=key)
+
+
+MIXING = [
+    pytest.param(name, id=name)
+    for name in METHODS.names()
+    if facts(name).get("mixes") and "image-classification" in facts(name)["tasks"]
+]
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_mixed_labels_of_one_class_are_that_class(name, kit):
+    method = kit("image-classification").build(name).eval()
+    batch = kit("image-classification").batch(ROWS)
+    soft = batch | {LABELS: torch.nn.functional.one_hot(batch[LABELS], 3).float()}
+    torch.testing.assert_close(method(soft, 0.5).total, method(batch, 0.5).total, rtol=1e-5, atol=1e-5)
+    mixed = batch | {LABELS: 0.3 * soft[LABELS] + 0.7 * soft[LABELS].roll(1, 0)}
+    assert torch.isfinite(method(mixed, 0.5).total)
 
 
 def has_a_known_minimum(name):
