@@ -17,7 +17,7 @@ os.environ |= {"COLUMNS": "100", "NO_COLOR": "1"}  # help pages wrap at the widt
 
 from kdtool import config
 from kdtool.cli import app
-from kdtool.registry import METHODS
+from kdtool.registry import COMPRESSORS, METHODS, Registry
 
 DOCS = Path(__file__).parent
 _BLOCK = re.compile(r"(<!-- begin: (?P<name>[\w -]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -85,19 +85,20 @@ def configuration() -> str:
     return "\n".join(lines).rstrip()
 
 
-def settings(method: str) -> str:
-    """A table of a method's settings."""
-    found = METHODS.info(method).settings
+def settings(name: str) -> str:
+    """A table of the settings of a method or a compressor."""
+    registry = METHODS if name in METHODS.names() else COMPRESSORS
+    found = registry.info(name).settings
     if not found:
         return "No settings."
     rows = [f"| `method.{s.name}` | {'required' if s.required else _value(s.default)} | {s.doc} |" for s in found]
     return "\n".join(["| setting | default | meaning |", "|---|---|---|", *rows])
 
 
-def method_index() -> str:
-    """One line for each method."""
-    rows = [f"| [`{name}`]({name}.md) | {METHODS.summary(name)} |" for name in METHODS.names()]
-    return "\n".join(["| method | what it does |", "|---|---|", *rows])
+def index(registry: Registry) -> str:
+    """One line for each plug-in of a kind."""
+    rows = [f"| [`{name}`]({name}.md) | {registry.summary(name)} |" for name in registry.names()]
+    return "\n".join([f"| {registry.kind} | what it does |", "|---|---|", *rows])
 
 
 def block(name: str) -> str:
@@ -107,7 +108,9 @@ def block(name: str) -> str:
         return f"```text\n{help_text(*rest.split())}\n```"
     if kind == "settings":
         return settings(rest)
-    return {"configuration": configuration, "methods": method_index}[kind]()
+    if kind == "configuration":
+        return configuration()
+    return index({"methods": METHODS, "compressors": COMPRESSORS}[kind])
 
 
 def render(text: str) -> str:

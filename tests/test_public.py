@@ -7,7 +7,7 @@ import kdtool
 
 
 def test_exported_names():
-    assert sorted(kdtool.__all__) == ["__version__", "compare", "distill", "evaluate", "export", "load"]
+    assert sorted(kdtool.__all__) == ["__version__", "compare", "compress", "distill", "evaluate", "export", "load"]
     for name in kdtool.__all__:
         assert getattr(kdtool, name) is not None
 

@@ -125,6 +125,31 @@ Method = Annotated[
     ),
 ]
 
+Compressors = Annotated[
+    str | None,
+    _option(
+        "--method",
+        panel=METHOD,
+        text="Compressor, or several in order, separated by commas; see: kdtool methods ls.",
+        metavar="NAME[,NAME]",
+        autocompletion=complete.names("compressors"),
+    ),
+]
+Recover = Annotated[
+    int | None,
+    _option("--recover", panel=METHOD, text="Distil the result back from MODEL for N steps.", metavar="N", min=1),
+]
+RecoverMethod = Annotated[
+    str | None,
+    _option(
+        "--recover-method",
+        panel=METHOD,
+        text="Distillation method of --recover (default kd).",
+        metavar="NAME",
+        autocompletion=complete.names("methods"),
+    ),
+]
+
 # Optimisation
 Epochs = Annotated[float | None, _option("--epochs", panel=OPTIMISATION, text="Passes over the data.", metavar="X")]
 MaxSteps = Annotated[
@@ -249,6 +274,8 @@ KEYS: Mapping[str, str] = {
     "task": "data.task",
     "limit": "data.limit",
     "method": "method.name",
+    "recover": "recover.steps",
+    "recover_method": "recover.method",
     "epochs": "train.epochs",
     "max_steps": "train.max_steps",
     "batch_size": "train.batch_size",
@@ -281,6 +308,7 @@ KEYS: Mapping[str, str] = {
 COMMAND_KEYS: Mapping[str, Mapping[str, str]] = {
     "distill": {},
     "compare": {},
+    "compress": {"model": "teacher.model", "compressors": "method.name"},
     "evaluate": {"model": "student.model", "limit": "data.test_limit"},
     "export": {"model": "teacher.model"},
 }
@@ -289,6 +317,7 @@ COMMAND_KEYS: Mapping[str, Mapping[str, str]] = {
 FIRST_MODEL: Mapping[str, str] = {
     "distill": "teacher.model",
     "compare": "teacher.model",
+    "compress": "teacher.model",
     "evaluate": "student.model",
     "export": "teacher.model",
 }

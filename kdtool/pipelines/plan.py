@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 
-from kdtool.config import RunConfig
+from kdtool.config import RunConfig, stages
 from kdtool.derive import depth_of, layer_indices
 from kdtool.hub import ModelRef, fetch_config
 from kdtool.models import auto_class, plain_model_errors, read_config
@@ -89,6 +89,9 @@ def plan(config: RunConfig, run: Run | None = None, processes: int = 1) -> dict[
             tokens = tokens_of(config, task, data.train, student)
             count = rows.get("train", 0) if tokens is None else tokens[2]
             steps = _training(config, task, count, run.world, result)
+    if config.command == "compress":
+        result["stages"] = [{"name": name, **values} for name, values in stages(config)]
+        result["recover"] = {"method": config.recover.method, "steps": config.recover.steps or 0}
     result["estimate"] = estimate(config, run, student, teacher, tokens, steps)
     result["output"] = config.output.folder
     return result

@@ -113,6 +113,7 @@ def write_report(
     history: Sequence[Mapping[str, Any]],
     config: RunConfig,
     plots: bool = True,
+    more: Sequence[str] = (),
 ) -> None:
     """Write `report.md`, and `plots/*.png` where matplotlib is installed.
 
@@ -122,6 +123,7 @@ def write_report(
         history: Log lines of training: `step`, `loss`, `lr`, and `parts` (name to value); may be empty.
         config: The resolved configuration.
         plots: Draw loss, quality against size, and reliability, as far as there is something to draw.
+        more: Lines of a section of the command itself, such as the stages of a compression.
 
     Raises:
         OutputProblem: the folder cannot be written.
@@ -131,7 +133,7 @@ def write_report(
     lines = [f"# {config.command}: `{student.name}`{against}", "", markdown_table(table_of(proof)), ""]
     if any(math.isfinite(error) for error in student.errors.values()):
         lines += ["\u00b1 is one standard error over the test rows; differences within two of them may be chance.", ""]
-    lines += [*_calibration(proof), *_gates(proof)]
+    lines += [*more, *_calibration(proof), *_gates(proof)]
     if plots:
         lines += _plots(folder, proof, history)
     lines += _made(config, history)

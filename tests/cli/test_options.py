@@ -6,12 +6,13 @@ import pytest
 
 from kdtool.cli import app, launch, options
 from kdtool.cli.compare import compare
+from kdtool.cli.compress import compress
 from kdtool.cli.distill import distill
 from kdtool.cli.evaluate import evaluate
 from kdtool.cli.export import export
 from kdtool.config import key_paths
 
-COMMANDS = {"distill": distill, "compare": compare, "evaluate": evaluate, "export": export}
+COMMANDS = {"distill": distill, "compare": compare, "compress": compress, "evaluate": evaluate, "export": export}
 NO_KEY = {
     "ctx", "config", "set_", "revision", "student_revision", "dry_run", "no_teacher_cache", "launcher", "nproc",
     "json", "quiet", "verbose", "token",
