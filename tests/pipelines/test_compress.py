@@ -15,8 +15,8 @@ def test_compresses_and_recovers_as_a_process(models, data, tmp_path):
     done = wait(
         start(
             "compress", models("bert"), "--method", "layers,width", "--set", "method.layers.keep=0.5",
-            "-d", data("text"), "--recover", "2", "-o", out, "--json", "--fail-under", "accuracy=0.0", "--set", "eval.latency=false",
-            "--offline", folder=tmp_path,
+            "-d", data("text"), "--recover", "2", "-o", out, "--json", "--fail-under", "accuracy=0.0",
+            "--set", "eval.latency=false", "--offline", folder=tmp_path,
         )
     )  # fmt: skip
     assert done.code == 0, done.err
