@@ -17,7 +17,7 @@ os.environ |= {"COLUMNS": "100", "NO_COLOR": "1"}  # help pages wrap at the widt
 
 from kdtool import config
 from kdtool.cli import app
-from kdtool.registry import ATTENTION, METHODS
+from kdtool.registry import ATTENTION, COMPRESSORS, METHODS, Registry
 
 DOCS = Path(__file__).parent
 _BLOCK = re.compile(r"(<!-- begin: (?P<name>[\w -]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -86,8 +86,8 @@ def configuration() -> str:
 
 
 def settings(name: str) -> str:
-    """A table of the settings of a method, or of an attention operator."""
-    registry = METHODS if name in METHODS.names() else ATTENTION
+    """A table of the settings of a method, a compressor or an attention operator."""
+    registry = next(kind for kind in (METHODS, COMPRESSORS, ATTENTION) if name in kind.names())
     found = registry.info(name).settings
     if not found:
         return "No settings."
@@ -95,16 +95,10 @@ def settings(name: str) -> str:
     return "\n".join(["| setting | default | meaning |", "|---|---|---|", *rows])
 
 
-def method_index() -> str:
-    """One line for each method."""
-    rows = [f"| [`{name}`]({name}.md) | {METHODS.summary(name)} |" for name in METHODS.names()]
-    return "\n".join(["| method | what it does |", "|---|---|", *rows])
-
-
-def attention_index() -> str:
-    """One line for each attention operator."""
-    rows = [f"| [`{name}`]({name}.md) | {ATTENTION.summary(name)} |" for name in ATTENTION.names()]
-    return "\n".join(["| operator | what it does |", "|---|---|", *rows])
+def index(registry: Registry) -> str:
+    """One line for each plug-in of a kind."""
+    rows = [f"| [`{name}`]({name}.md) | {registry.summary(name)} |" for name in registry.names()]
+    return "\n".join([f"| {registry.kind} | what it does |", "|---|---|", *rows])
 
 
 def block(name: str) -> str:
@@ -114,7 +108,9 @@ def block(name: str) -> str:
         return f"```text\n{help_text(*rest.split())}\n```"
     if kind == "settings":
         return settings(rest)
-    return {"configuration": configuration, "methods": method_index, "attention": attention_index}[kind]()
+    if kind == "configuration":
+        return configuration()
+    return index({"methods": METHODS, "compressors": COMPRESSORS, "attention": ATTENTION}[kind])
 
 
 def render(text: str) -> str:

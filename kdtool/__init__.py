@@ -6,10 +6,11 @@ from kdtool import _autoload
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["__version__", "compare", "distill", "evaluate", "export", "load", "patch_attention"]
+__all__ = ["__version__", "compare", "compress", "distill", "evaluate", "export", "load", "patch_attention"]
 
 _HOME = {
     "compare": "kdtool.pipelines",
+    "compress": "kdtool.pipelines",
     "distill": "kdtool.pipelines",
     "evaluate": "kdtool.pipelines",
     "export": "kdtool.pipelines",

@@ -222,6 +222,15 @@ class EvalSection(Section):
     """Reload the saved model in a fresh process and compare outputs."""
 
 
+class RecoverSection(Section):
+    """Distilling a compressed model back from the model it was made of."""
+
+    steps: int | None = Field(None, gt=0)
+    """Optimiser steps; without them nothing is trained."""
+    method: str = "kd"
+    """Distillation method, with its default settings."""
+
+
 class OutputSection(Section):
     """Where the result goes."""
 
@@ -281,6 +290,7 @@ class RunConfig(Section):
     augment: AugmentSection = AugmentSection()
     train: TrainSection = TrainSection()
     patch: PatchSection = PatchSection()
+    recover: RecoverSection = RecoverSection()
     eval: EvalSection = EvalSection()
     output: OutputSection = OutputSection()
     runtime: RuntimeSection = RuntimeSection()
@@ -294,6 +304,37 @@ class RunConfig(Section):
     def method_values(self) -> dict[str, Any]:
         """Hyper-parameters of that plug-in that were set."""
         return {key: value for key, value in self.method.items() if key != "name"}
+
+
+def stages(config: RunConfig) -> list[tuple[str, dict[str, Any]]]:
+    """Name and settings of each stage of `compress`, in order.
+
+    Settings of one method stand beside its name, those of several under their names:
+    `method.width.ffn=0.5`.
+    """
+    names = [name.strip() for name in config.method_name.split(",") if name.strip()]
+    values = config.method_values
+    return [(name, values if len(names) == 1 else dict(values.get(name) or {})) for name in names]
+
+
+def _check_stages(config: RunConfig, where: str) -> None:
+    """Check the settings of each compressor; see `stages`."""
+    found = stages(config)
+    names = [name for name, _ in found]
+    if len(set(names)) != len(names):
+        raise ConfigProblem(f"{where}a compressor comes twice in '{config.method_name}'")
+    for name, values in found:
+        checked = check_plugin_values(COMPRESSORS.info(name), values, "method" + f".{name}" * (len(found) > 1), where)
+        if len(found) > 1:
+            config.method[name] = checked
+        else:
+            config.method = {"name": name, **checked}
+    stray = [key for key in config.method_values if len(found) > 1 and key not in names]
+    if stray:
+        raise ConfigProblem(
+            f"{where}unknown key 'method.{stray[0]}' for {config.method_name}",
+            hint=f"settings of one of several are written method.{names[0]}.NAME",
+        )
 
 
 class _Loader(yaml.SafeLoader):
@@ -454,7 +495,6 @@ def _explain(error: ValidationError, path: Path | None, text: str) -> ConfigProb
 
 _REGISTRY_OF: Mapping[str, Registry] = {
     "distill": METHODS,
-    "compress": COMPRESSORS,
     "patch-attention": ATTENTION,
 }
 
@@ -541,6 +581,8 @@ def load_config(
     if command == "export":
         # the plug-in is output.format, so its settings are all that `method` holds
         config.method = check_plugin_values(EXPORTERS.info(config.output.format), config.method, "method", where)
+    elif command == "compress":
+        _check_stages(config, where)
     elif registry is not None and config.method_name:
         plugin = registry.info(config.method_name)
         checked = check_plugin_values(plugin, config.method_values, "method", where)

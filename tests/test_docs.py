@@ -13,7 +13,7 @@ import pytest
 from kdtool.cli.app import build
 from kdtool.config import key_paths
 from kdtool.errors import KdtoolError
-from kdtool.registry import ATTENTION, METHODS
+from kdtool.registry import ATTENTION, COMPRESSORS, METHODS
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -38,14 +38,18 @@ def test_every_configuration_key_is_documented(key):
     assert f"`{key}`" in page or section in ("command", "method")
 
 
-@pytest.mark.parametrize("name", METHODS.names())
-def test_method_pages_name_the_paper_and_every_setting(name):
-    page = (DOCS / "methods" / f"{name}.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize(
+    ("folder", "registry", "name"),
+    [(f, r, n) for f, r in (("methods", METHODS), ("compressors", COMPRESSORS)) for n in r.names()],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_pages_of_plugins_name_the_paper_and_every_setting(folder, registry, name):
+    page = (DOCS / folder / f"{name}.md").read_text(encoding="utf-8")
     for heading in ("**Paper**", "## Settings", "## When to use it", "## Pitfalls"):
         assert heading in page
-    for setting in METHODS.info(name).settings:
+    for setting in registry.info(name).settings:
         assert f"`method.{setting.name}`" in page
-    number = re.search(r"arXiv:[\d.]+\d", METHODS.info(name).facts["paper"])
+    number = re.search(r"arXiv:[\d.]+\d", registry.info(name).facts["paper"])
     assert number is None or number[0] in page
 
 

@@ -10,6 +10,7 @@ def test_exported_names():
     assert sorted(kdtool.__all__) == [
         "__version__",
         "compare",
+        "compress",
         "distill",
         "evaluate",
         "export",

@@ -13,7 +13,19 @@ import typer
 from typer.main import get_command
 
 from kdtool import __version__
-from kdtool.cli import compare, distill, env, evaluate, export, methods, pages, patch_attention, quickstart, recipes
+from kdtool.cli import (
+    compare,
+    compress,
+    distill,
+    env,
+    evaluate,
+    export,
+    methods,
+    pages,
+    patch_attention,
+    quickstart,
+    recipes,
+)
 from kdtool.cli.console import is_plain
 from kdtool.cli.failures import explain
 from kdtool.cli.session import Session
@@ -68,7 +80,8 @@ def build(rich: bool = False) -> Any:
         context_settings=dict(pages.CONTEXT),
     )
     app.callback(cls=pages.Group, epilog=EPILOG, no_args_is_help=True, context_settings=dict(pages.CONTEXT))(root)
-    for module in (distill, compare, patch_attention, evaluate, export, methods, recipes, quickstart, env):
+    shown = (distill, compare, compress, patch_attention, evaluate, export, methods, recipes, quickstart, env)
+    for module in shown:
         module.register(app)
     return get_command(app)
 

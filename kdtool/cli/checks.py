@@ -5,10 +5,10 @@ import re
 from pathlib import Path
 
 from kdtool import benchmarks
-from kdtool.config import RunConfig
+from kdtool.config import RunConfig, stages
 from kdtool.errors import OutputProblem, UsageProblem, nearest
 from kdtool.gates import parse_drops, parse_gates
-from kdtool.registry import ATTENTION, EXPORTERS, METHODS, TASKS, check_fit
+from kdtool.registry import ATTENTION, COMPRESSORS, EXPORTERS, METHODS, TASKS, check_fit
 
 MARKER = ".kdtool/run.json"
 """File by which an output folder is known to hold an unfinished run; the pipeline decides whether it is this one."""
@@ -32,6 +32,7 @@ def check(config: RunConfig) -> None:
     kinds = {
         "distill": _check_distill,
         "compare": _check_compare,
+        "compress": _check_compress,
         "evaluate": _check_evaluate,
         "export": _check_export,
         "patch-attention": _check_patch,
@@ -78,6 +79,23 @@ def _check_compare(config: RunConfig) -> None:
         one = config.model_copy(deep=True)
         one.method = {"name": name}
         _check_distill(one)
+
+
+def _check_compress(config: RunConfig) -> None:
+    names = [COMPRESSORS.check(name) for name, _ in stages(config)]
+    if not names:
+        raise UsageProblem("no method given", hint=f"add --method {'|'.join(COMPRESSORS.names())}")
+    if config.teacher.model is None:
+        raise UsageProblem("no model given", hint="kdtool compress MODEL --method NAME -o FOLDER")
+    has_data = config.data.source is not None or config.eval.benchmark is not None
+    METHODS.check(config.recover.method)
+    if config.recover.steps is not None and not has_data:
+        raise UsageProblem("--recover trains on data", hint="add --data DATA")
+    if config.eval.fail_under and not has_data:
+        raise UsageProblem("--fail-under needs something to measure on", hint="add --data DATA")
+    if config.recover.steps is not None and config.data.task is not None:
+        check_fit(config.recover.method, config.data.task)
+    _need_output(config)
 
 
 def _check_evaluate(config: RunConfig) -> None:

@@ -119,6 +119,8 @@ def _page(kind: str, plugin: "Plugin") -> Iterator[str]:
             yield f"  {setting.name} = {_default(setting)}  ({setting.annotation})"
             if setting.doc:
                 yield f"      {setting.doc}"
+    if kind == "compressor":
+        yield f"\nUse it: kdtool compress MODEL --method {plugin.name} -o FOLDER"
     if kind == "method":
         yield f"\nUse it: kdtool distill TEACHER --student MODEL --method {plugin.name} --data DATA -o FOLDER"
 

@@ -158,6 +158,30 @@ ModulePattern = Annotated[
     str | None,
     _option("--module-pattern", panel=MODEL, text="Modules with a projection qkv to take in.", metavar="PATTERN"),
 ]
+Compressors = Annotated[
+    str | None,
+    _option(
+        "--method",
+        panel=METHOD,
+        text="Compressor, or several in order, separated by commas; see: kdtool methods ls.",
+        metavar="NAME[,NAME]",
+        autocompletion=complete.names("compressors"),
+    ),
+]
+Recover = Annotated[
+    int | None,
+    _option("--recover", panel=METHOD, text="Distil the result back from MODEL for N steps.", metavar="N", min=1),
+]
+RecoverMethod = Annotated[
+    str | None,
+    _option(
+        "--recover-method",
+        panel=METHOD,
+        text="Distillation method of --recover (default kd).",
+        metavar="NAME",
+        autocompletion=complete.names("methods"),
+    ),
+]
 
 # Optimisation
 Epochs = Annotated[float | None, _option("--epochs", panel=OPTIMISATION, text="Passes over the data.", metavar="X")]
@@ -291,6 +315,8 @@ KEYS: Mapping[str, str] = {
     "task": "data.task",
     "limit": "data.limit",
     "method": "method.name",
+    "recover": "recover.steps",
+    "recover_method": "recover.method",
     "epochs": "train.epochs",
     "max_steps": "train.max_steps",
     "batch_size": "train.batch_size",
@@ -330,6 +356,7 @@ KEYS: Mapping[str, str] = {
 COMMAND_KEYS: Mapping[str, Mapping[str, str]] = {
     "distill": {},
     "compare": {},
+    "compress": {"model": "teacher.model", "compressors": "method.name"},
     "evaluate": {"model": "student.model", "limit": "data.test_limit"},
     "export": {"model": "teacher.model"},
     "patch-attention": {"model": "teacher.model", "limit": "data.test_limit"},
@@ -339,6 +366,7 @@ COMMAND_KEYS: Mapping[str, Mapping[str, str]] = {
 FIRST_MODEL: Mapping[str, str] = {
     "distill": "teacher.model",
     "compare": "teacher.model",
+    "compress": "teacher.model",
     "evaluate": "student.model",
     "export": "teacher.model",
     "patch-attention": "teacher.model",

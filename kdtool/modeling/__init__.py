@@ -8,11 +8,19 @@ from transformers import (
     AutoFeatureExtractor,
     AutoModel,
     AutoModelForAudioClassification,
+    AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
 )
 
 from kdtool.modeling.cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
+from kdtool.modeling.low_rank import (
+    LowRankConfig,
+    LowRankForAudioClassification,
+    LowRankForCausalLM,
+    LowRankForImageClassification,
+    LowRankForSequenceClassification,
+)
 from kdtool.modeling.sentence_classifier import SentenceClassifier, SentenceClassifierConfig
 from kdtool.modeling.simkd import (
     SimKDConfig,
@@ -27,6 +35,11 @@ from kdtool.modeling.tabular_processor import TabularProcessor
 __all__ = [
     "CifarResNetConfig",
     "CifarResNetForImageClassification",
+    "LowRankConfig",
+    "LowRankForAudioClassification",
+    "LowRankForCausalLM",
+    "LowRankForImageClassification",
+    "LowRankForSequenceClassification",
     "SentenceClassifier",
     "SentenceClassifierConfig",
     "SimKDConfig",
@@ -51,3 +64,8 @@ AutoModel.register(SimKDConfig, SimKDForTabularClassification, exist_ok=True)
 AutoConfig.register(TabularConfig.model_type, TabularConfig, exist_ok=True)
 AutoModel.register(TabularConfig, TabularClassifier, exist_ok=True)
 AutoFeatureExtractor.register(TabularConfig, TabularProcessor, exist_ok=True)
+AutoConfig.register(LowRankConfig.model_type, LowRankConfig, exist_ok=True)
+AutoModelForAudioClassification.register(LowRankConfig, LowRankForAudioClassification, exist_ok=True)
+AutoModelForCausalLM.register(LowRankConfig, LowRankForCausalLM, exist_ok=True)
+AutoModelForImageClassification.register(LowRankConfig, LowRankForImageClassification, exist_ok=True)
+AutoModelForSequenceClassification.register(LowRankConfig, LowRankForSequenceClassification, exist_ok=True)

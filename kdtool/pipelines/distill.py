@@ -172,6 +172,27 @@ def rehearse(trainer: Trainer) -> None:
         )
 
 
+def train(ready: Ready, config: RunConfig, run: Run, output: Output) -> History:
+    """Train the student of `ready`, from the last checkpoint if there is one; it holds the result then."""
+    trainer = Trainer(
+        ready.method,
+        ready.encoded.train,  # type: ignore[arg-type] # get_ready refuses data without training rows
+        config.train,
+        run,
+        setup.is_head_of(ready.student.model),
+        output.checkpoints,
+        ready.views,
+    )
+    attach_cache(trainer, ready, config, run, output.work / "teacher-cache")
+    rehearse(trainer)
+    run.reporter.info(
+        f"training {ready.student.parameters:,} parameters for {trainer.plan.steps} steps ({config.method_name})"
+    )
+    history = trainer.train()
+    ready.student.model = parallel.gathered(ready.method.finish())
+    return history
+
+
 def distill(config: RunConfig, run: Run | None = None) -> Result:
     """Train a student to do what a teacher does, prove how well it does it, and save it.
 
@@ -201,22 +222,7 @@ def distill(config: RunConfig, run: Run | None = None) -> Result:
         return _conclude(config, run, output.folder, None, began)
     try:
         ready = get_ready(config, run)
-        trainer = Trainer(
-            ready.method,
-            ready.encoded.train,  # type: ignore[arg-type] # get_ready refuses data without training rows
-            config.train,
-            run,
-            setup.is_head_of(ready.student.model),
-            output.checkpoints,
-            ready.views,
-        )
-        attach_cache(trainer, ready, config, run, output.work / "teacher-cache")
-        rehearse(trainer)
-        run.reporter.info(
-            f"training {ready.student.parameters:,} parameters for {trainer.plan.steps} steps ({config.method_name})"
-        )
-        history = trainer.train()
-        ready.student.model = parallel.gathered(ready.method.finish())
+        history = train(ready, config, run, output)
         proof = _finish(ready, history, config, run, output, began) if run.rank == 0 else None
         parallel.wait(run)
     except BaseException:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 
-from kdtool.config import RunConfig
+from kdtool.config import RunConfig, stages
 from kdtool.derive import depth_of, layer_indices
 from kdtool.hub import ModelRef, fetch_config
 from kdtool.models import auto_class, plain_model_errors, read_config
@@ -94,6 +94,9 @@ def plan(config: RunConfig, run: Run | None = None, processes: int = 1) -> dict[
     if config.command == "patch-attention":
         result["method"] = {"name": config.method_name, **config.method_values}
         result["patch"] = config.patch.model_dump(mode="json")
+    if config.command == "compress":
+        result["stages"] = [{"name": name, **values} for name, values in stages(config)]
+        result["recover"] = {"method": config.recover.method, "steps": config.recover.steps or 0}
     result["estimate"] = estimate(config, run, student, teacher, tokens, steps)
     result["output"] = config.output.folder
     return result

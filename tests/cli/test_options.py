@@ -6,6 +6,7 @@ import pytest
 
 from kdtool.cli import app, launch, options
 from kdtool.cli.compare import compare
+from kdtool.cli.compress import compress
 from kdtool.cli.distill import distill
 from kdtool.cli.evaluate import evaluate
 from kdtool.cli.export import export
@@ -15,6 +16,7 @@ from kdtool.config import key_paths
 COMMANDS = {
     "distill": distill,
     "compare": compare,
+    "compress": compress,
     "evaluate": evaluate,
     "export": export,
     "patch-attention": patch_attention,

@@ -1,0 +1,120 @@
+"""WID: merge exactness, mask schedules and penalty steps against their reference values."""
+
+import math
+
+import pytest
+import torch
+import transformers
+
+from kdtool.compressors import _wid_merge as merging
+from kdtool.compressors import _wid_schedule as schedule
+from kdtool.compressors import _wid_step as stepping
+from tests.golden._cases import cases
+
+KINDS = {}
+for parameter in cases("wid"):
+    case = parameter.values[0]
+    for kind in ("end_to_end", "mask_schedule", "penalty_step"):
+        if case is None or case.entry["kind"] == kind:
+            KINDS.setdefault(kind, []).append(parameter)
+
+
+def of(kind):
+    return pytest.mark.parametrize("case", KINDS.get(kind, []))
+
+
+def part(case, prefix):
+    return {k.removeprefix(f"{prefix}."): v for k, v in case.tensors.items() if k.startswith(f"{prefix}.")}
+
+
+def masked_lm(values, state):
+    config = transformers.BertConfig(**values, tie_word_embeddings=False)
+    model = transformers.BertForMaskedLM(config).double().eval()
+    # an untied decoder has a bias of its own, which the files hold under the name of the tied one
+    state = state | {"cls.predictions.decoder.bias": state["cls.predictions.bias"]}
+    model.load_state_dict(state)
+    return model
+
+
+@torch.no_grad()
+def run(model, case):
+    inputs = {key: case.tensors[key] for key in ("input_ids", "attention_mask", "token_type_ids")}
+    out = model(**inputs, output_hidden_states=True)
+    return out.logits, out.hidden_states
+
+
+def factor_of(case):
+    teacher, student = case.entry["teacher"], case.entry["student"]
+    sizes = [side["hidden_size"] // side["num_attention_heads"] for side in (teacher, student)]
+    return merging.query_factor(*sizes)
+
+
+@of("end_to_end")
+def test_the_merge_gives_the_reference_student(case):
+    state, expected = part(case, "teacher"), part(case, "student")
+    factor = factor_of(case)
+    assert math.isclose(factor, case.entry["query_factor"])
+    merged = merging.merge(state, part(case, "compactor"), part(case, "keep"), "bert", factor)
+    for name, value in expected.items():
+        torch.testing.assert_close(merged[name], value, **case.tolerance.of("end_to_end"))
+
+
+@of("end_to_end")
+def test_the_merged_student_is_the_masked_teacher(case):
+    state, compactors, keep = (part(case, name) for name in ("teacher", "compactor", "keep"))
+    teacher = masked_lm(case.entry["teacher"], state)
+    near = case.tolerance.of("end_to_end")
+    masked, masked_states = run(merging.compacted(teacher, compactors, keep), case)
+    merged = merging.merge(state, compactors, keep, "bert", factor_of(case))
+    student, states = run(masked_lm(case.entry["teacher"] | case.entry["student"], merged), case)
+    torch.testing.assert_close(masked, case.tensors["logits"], **near)
+    torch.testing.assert_close(student, case.tensors["logits"], **near)
+    for i, (before, after) in enumerate(zip(masked_states, states, strict=True)):
+        torch.testing.assert_close(before[..., keep["hidden"]], case.tensors[f"hidden.{i}"], **near)
+        torch.testing.assert_close(after, case.tensors[f"hidden.{i}"], **near)
+
+
+@of("end_to_end")
+def test_smaller_heads_need_the_query_factor(case):
+    merged = merging.merge(part(case, "teacher"), part(case, "compactor"), part(case, "keep"), "bert", 1.0)
+    logits, _ = run(masked_lm(case.entry["teacher"] | case.entry["student"], merged), case)
+    off = float((logits - case.tensors["logits"]).abs().max())
+    assert off < 1e-9 if factor_of(case) == 1.0 else off > 0.05
+
+
+@of("mask_schedule")
+def test_masks_follow_the_schedule(case):
+    entry, given = case.entry, case.tensors
+    hidden, head = entry["hidden"], entry["head_dim"]
+    for name in (key for key in given if key.startswith("keep.")):
+        _, strategy, target, group = name.split(".")
+        for step, expected in zip(entry["steps"], given[name], strict=True):
+            k = step // entry["w_step"]
+            scores = given["norm_ffn" if group == "ffn" else "norm_hidden"]
+            if group == "attn":
+                found = schedule.keep_attention(scores, k, int(target), head, strategy)
+            else:
+                size = len(scores)
+                drops = schedule.dense_drops(k, size, int(target) * size // hidden)
+                found = schedule.keep_smallest_out(scores, drops)
+            assert found.equal(expected.bool()), (name, step)
+
+
+@of("penalty_step")
+@pytest.mark.parametrize("role", ["in", "out", "bias"])
+@pytest.mark.parametrize("phase", ["active", "warm"])
+def test_penalty_steps(case, role, phase):
+    entry, given = case.entry, part(case, role)
+    assert not entry["bias_correction"]
+    decay = entry["weight_decay"]["bias" if role == "bias" else "compactor"]
+    adam = stepping.Adam(entry["lr"], tuple(entry["betas"]), entry["eps"], decay)
+    param, grad, m, v = (given[key].clone() for key in ("param0", "grad", "exp_avg0", "exp_avg_sq0"))
+    if phase == "active":
+        gone = stepping.dropped_entries(param, given["keep"], role)
+        grad = stepping.penalise(param, grad, m, gone, entry["l2_lambda"])
+    elif role != "bias":
+        grad = stepping.shrink(param, grad)
+    stepping.step(param, grad, m, v, adam)
+    near = case.tolerance.of("penalty_step")
+    for found, key in ((param, "param"), (m, "exp_avg"), (v, "exp_avg_sq")):
+        torch.testing.assert_close(found, given[f"{phase}.{key}"], **near)
