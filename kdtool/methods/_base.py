@@ -59,6 +59,8 @@ class Method(nn.Module):
     """Fewest and most teachers."""
     reads_teacher: ClassVar[bool] = True
     """False if the loss never asks the teacher, or trains it."""
+    cacheable: ClassVar[bool] = True
+    """False if the teacher never answers rows of the data alone, so that a teacher cache would stay empty."""
     batchwise: ClassVar[bool] = False
     """True if the loss couples the samples of a batch."""
     golden: ClassVar[str] = ""

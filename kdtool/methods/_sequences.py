@@ -56,6 +56,7 @@ class SequenceMethod(_base.Method):
     """Base: prompts, generation with draws that belong to rows and steps, and the loss."""
 
     needs_rows: ClassVar[bool] = True
+    cacheable: ClassVar[bool] = False
     seed: Tensor
 
     def __init__(self, config: Any, student: Loaded, teachers: Sequence[Loaded], task: Task) -> None:
