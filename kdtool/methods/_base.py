@@ -61,6 +61,8 @@ class Method(nn.Module):
     """False if the loss never asks the teacher, or trains it."""
     mixes: ClassVar[bool] = False
     """True if the loss takes labels [units, classes], as mixup and CutMix make them."""
+    cacheable: ClassVar[bool] = True
+    """False if the teacher never answers rows of the data alone, so that a teacher cache would stay empty."""
     batchwise: ClassVar[bool] = False
     """True if the loss couples the samples of a batch."""
     golden: ClassVar[str] = ""

@@ -133,6 +133,10 @@ def attach_cache(trainer: Trainer, ready: Ready, config: RunConfig, run: Run, de
         return
     if ready.teacher is None or not ready.method.reads_teacher or wanted is False or not (wanted or seen_again):
         return
+    if not ready.method.cacheable:
+        if wanted:
+            run.reporter.warn(f"no teacher cache: {config.method_name} compares hidden states or texts made meanwhile")
+        return
     folder = Path(train.teacher_cache_dir).expanduser() if train.teacher_cache_dir else default
     data = trainer.plan.data
     marks = fingerprint(ready.teacher, data, run, setup.processor_key(ready.teacher.processor), config.augment)

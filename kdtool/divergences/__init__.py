@@ -1,11 +1,27 @@
-"""Comparing distributions over classes: dense forms, as sums over units.
+"""Comparing distributions over classes, as sums over units.
 
-Every function takes logits [units, classes], works in float32 whatever the input, and returns the
-sum over units as a scalar that carries the gradient of its first argument.
+Every function here takes logits [units, classes], works in float32 whatever the input, and returns
+the sum over units as a scalar that carries the gradient of its first argument. `_tokens` holds the
+divergences of language models with hand-written gradients, `_chunked` the same from hidden states.
 """
 
 from torch import Tensor
 from torch.nn import functional
+
+from kdtool.divergences._chunked import Head, compare
+from kdtool.divergences._tokens import KINDS, Divergence, divergence
+
+__all__ = [
+    "KINDS",
+    "Divergence",
+    "Head",
+    "compare",
+    "cross_entropy",
+    "divergence",
+    "forward_kl",
+    "squared_error",
+    "standardize",
+]
 
 
 def forward_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:

@@ -1,0 +1,31 @@
+"""Rationales: filter, deduplication, prompts."""
+
+from kdtool.rationales import Rationale, correct, judged, prompts, split, usable
+
+
+def test_only_right_rows_are_kept_each_once():
+    rows = [
+        Rationale("Q1", "so two", "2"),
+        Rationale("Q1", "So  two", "2"),
+        Rationale("Q1", "planted", "2", initial_correct=False),
+        Rationale("Q2", "so two", "2"),
+    ]
+    assert usable(rows) == [rows[0], rows[3]]
+    assert usable(rows, distinct=False) == [rows[0], rows[1], rows[3]]
+
+
+def test_predictions_are_judged():
+    assert judged("Q", "a --> 3", "3", "asdiv") == Rationale("Q", "a", "3", True)
+    assert not judged("Q", "a --> 4", "3", "asdiv").initial_correct
+    assert not judged("Q", "x --> 18.0", "18", "gsm8k").initial_correct
+    assert judged("Q", "x --> 18.0", "18", "gsm8k", numeric=True).initial_correct
+
+
+def test_numeric_comparison_leaves_words_alone():
+    assert not correct("nothing", "18", "gsm8k", numeric=True)
+    assert split("a --> b --> c") == ("a", " b --> c")
+
+
+def test_prompts():
+    assert prompts(" How many? ") == "Q: How many?\nA: Let's think step by step."
+    assert prompts("How many?", "Two. ").endswith("step by step. Two.\nTherefore, the answer is")
