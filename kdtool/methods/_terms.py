@@ -5,19 +5,21 @@ known, and returning its terms. Because terms do not run the models themselves, 
 can be combined (`--method combine`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.nn import functional
 
 from kdtool.data.examples import Examples
 from kdtool.divergences import cross_entropy
 from kdtool.features import taps
 from kdtool.methods import _base
 from kdtool.tasks._base import ROWS, Batch
+from kdtool.train.parallel import gather_units, places
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +152,36 @@ class TermMethod(_base.Method):
             total = total + (factor * term.weight) * term.value
             parts[term.name] = term.value.detach()
         return _base.Losses(total, student.logits.shape[0], parts)
+
+
+def over_everyone(loss: Callable[[Tensor, Tensor], Tensor], student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
+    """A loss that couples examples, over those of all processes, so that several are one with the whole batch.
+
+    Every process computes the whole loss, with the gradient of its own examples; only its share of the value counts.
+
+    Args:
+        loss: Of student [N, C_s] and teacher [N, C_t], a sum over N examples.
+        student: [n, C_s] of this process. C_s and C_t may differ between processes, as lengths do: zeros fill up.
+        teacher: [n, C_t] of this process.
+        batch: The batch; its row numbers tell examples that a process without any of its own took from another.
+    """
+    everyone, _ = gather_units(_filled(student))
+    if len(everyone) == len(student):
+        return loss(student, teacher)
+    others, _ = gather_units(_filled(teacher))
+    rows, begin = gather_units(rows_of(batch).to(student.device))
+    place, _ = gather_units(places(len(student), student.device))
+    fresh = ~(rows[:, None] == rows).tril(-1).any(1)
+    mine = fresh[begin : begin + len(student)].sum()
+    order = torch.argsort(place[fresh])
+    value = loss(everyone[fresh][order], others[fresh][order])
+    return value - value.detach() * (1 - mine / fresh.sum())
+
+
+def _filled(own: Tensor) -> Tensor:
+    """Rows of [n, C] filled up with zeros to the widest of all processes."""
+    widths, _ = gather_units(torch.tensor([own.shape[1]], device=own.device))
+    return functional.pad(own, (0, int(widths.max()) - own.shape[1]))
 
 
 def rows_of(batch: Batch) -> Tensor:

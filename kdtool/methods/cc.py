@@ -54,6 +54,7 @@ class Method(_maps.PairMethod):
     )
     mixes: ClassVar[bool] = True
     batchwise: ClassVar[bool] = True
+    needs_rows: ClassVar[bool] = True
 
     def build(self, student: _terms.Side, teacher: _terms.Side | None, data: Examples) -> None:
         """Make a projection where the widths differ."""
@@ -67,4 +68,5 @@ class Method(_maps.PairMethod):
         """The congruence of neighbours."""
         assert teacher is not None
         s, t = self.vectors(student, teacher, batch)
-        return [_terms.Term("cc", self.config.cc_weight, cc_loss(self.project(s), t))]
+        value = _terms.over_everyone(cc_loss, self.project(s), t, batch)
+        return [_terms.Term("cc", self.config.cc_weight, value)]

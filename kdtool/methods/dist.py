@@ -66,6 +66,7 @@ class Method(_terms.TermMethod):
     )
     mixes: ClassVar[bool] = True
     batchwise: ClassVar[bool] = True
+    needs_rows: ClassVar[bool] = True
     minimum: ClassVar[str] = "0 only up to the 1e-8 in the denominator, which counts where outputs hardly differ"
 
     def terms(
@@ -74,5 +75,10 @@ class Method(_terms.TermMethod):
         """The relation between classes and that within them."""
         assert teacher is not None
         cfg: Config = self.config
-        inter, intra = dist_terms(student.logits, teacher.logits, cfg.temperature)
+
+        def within(own: Tensor, other: Tensor) -> Tensor:
+            return dist_terms(own, other, cfg.temperature)[1]
+
+        inter, _ = dist_terms(student.logits, teacher.logits, cfg.temperature)
+        intra = _terms.over_everyone(within, student.logits, teacher.logits, batch)
         return [_terms.Term("inter", cfg.beta, inter), _terms.Term("intra", cfg.gamma, intra)]

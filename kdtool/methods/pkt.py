@@ -59,10 +59,12 @@ class Method(_maps.PairMethod):
     )
     mixes: ClassVar[bool] = True
     batchwise: ClassVar[bool] = True
+    needs_rows: ClassVar[bool] = True
 
     def terms(
         self, student: _terms.Side, teacher: _terms.Side | None, labels: Tensor, batch: Batch, progress: float
     ) -> list[_terms.Term]:
         """The divergence of the pairwise distributions."""
         assert teacher is not None
-        return [_terms.Term("pkt", self.config.pkt_weight, pkt_loss(*self.vectors(student, teacher, batch)))]
+        s, t = self.vectors(student, teacher, batch)
+        return [_terms.Term("pkt", self.config.pkt_weight, _terms.over_everyone(pkt_loss, s, t, batch))]

@@ -86,6 +86,7 @@ class Method(_maps.PairMethod):
     )
     mixes: ClassVar[bool] = True
     batchwise: ClassVar[bool] = True
+    needs_rows: ClassVar[bool] = True
 
     def terms(
         self, student: _terms.Side, teacher: _terms.Side | None, labels: Tensor, batch: Batch, progress: float
@@ -93,7 +94,9 @@ class Method(_maps.PairMethod):
         """Distances and angles."""
         assert teacher is not None
         s, t = self.vectors(student, teacher, batch)
-        found = [_terms.Term("distance", self.config.distance_weight, distance_loss(s, t))]
+        distance = _terms.over_everyone(distance_loss, s, t, batch)
+        found = [_terms.Term("distance", self.config.distance_weight, distance)]
         if self.config.angle_weight:
-            found.append(_terms.Term("angle", self.config.angle_weight, angle_loss(s, t)))
+            angle = _terms.over_everyone(angle_loss, s, t, batch)
+            found.append(_terms.Term("angle", self.config.angle_weight, angle))
         return found

@@ -55,6 +55,7 @@ class Method(_maps.PairMethod):
     )
     mixes: ClassVar[bool] = True
     batchwise: ClassVar[bool] = True
+    needs_rows: ClassVar[bool] = True
 
     def terms(
         self, student: _terms.Side, teacher: _terms.Side | None, labels: Tensor, batch: Batch, progress: float
@@ -63,4 +64,4 @@ class Method(_maps.PairMethod):
         assert teacher is not None
         s = _maps.flat_of(student, self.points[0], batch)
         t = _maps.flat_of(teacher, self.points[1], batch, teacher=True)
-        return [_terms.Term("sp", self.config.sp_weight, sp_loss(s, t))]
+        return [_terms.Term("sp", self.config.sp_weight, _terms.over_everyone(sp_loss, s, t, batch))]

@@ -124,6 +124,13 @@ def gather_units(own: Tensor) -> tuple[Tensor, int]:
     return torch.cat(parts), sum(counts[:rank])
 
 
+def places(count: int, device: torch.device) -> Tensor:
+    """Where this process's rows stand in the whole batch, [count]: processes take turns, as the loop deals them out."""
+    several = dist.is_available() and dist.is_initialized()
+    world, rank = (dist.get_world_size(), dist.get_rank()) if several else (1, 0)
+    return torch.arange(count, device=device) * world + rank
+
+
 def sum_gradients(run: Run, parameters: Sequence[nn.Parameter]) -> None:
     """Sum the gradients of unsharded parameters over all processes, bucket by bucket.
 
