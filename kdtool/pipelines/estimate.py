@@ -125,7 +125,9 @@ def estimate(
     trained, fixed = student.parameters if student else 0, teacher.parameters if teacher else 0
     if config.command != "distill" or student is None:
         weights = _bytes(4 * (trained + fixed))
-        return {"memory": f"{weights} for weights, and activations", "disk": _bytes(4 * trained)}
+        # commands with one model write it, or less; an evaluation writes next to nothing
+        written = trained or fixed if config.command != "evaluate" else 0
+        return {"memory": f"{weights} for weights, and activations", "disk": _bytes(4 * written)}
     state = 12 if config.train.optimizer == "sgd" else 16
     own = state * trained
     said = "weights, gradients, optimiser"
