@@ -42,6 +42,8 @@ _LADDERS: Mapping[str, Sequence[Mapping[str, int]]] = {
     "kdeformer": _BUCKETS,
     "kdeformer-paper": _BUCKETS,
     "hyper": _BUCKETS,
+    "nystrom": [{"landmarks": count} for count in (32, 64, 128, 256)],
+    "performer": [{"features": count} for count in (64, 128, 256, 512)],
 }
 """Settings to try, the fastest first; other operators are tried with their defaults."""
 
