@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kdtool.data.examples import Examples
+from kdtool.divergences import Teacher as Told
 from kdtool.models import Loaded
 from kdtool.tasks._base import VIEW, Batch, Outputs, Task, view_of
 from kdtool.teacher_cache import TeacherCache
@@ -110,6 +111,14 @@ class Method(nn.Module):
         if cached and index in self.caches and VIEW in batch:
             return Outputs(self.caches[index].get(batch[VIEW]), None)
         return self.task.forward(self.teacher_list[index].model, view_of(batch, index))
+
+    @torch.no_grad()
+    def tell(self, batch: Batch, index: int = 0) -> Told:
+        """What a frozen language model says of the units, in the form that takes least; see `kdtool.divergences`."""
+        if index in self.caches and VIEW in batch:
+            return self.caches[index].get(batch[VIEW])
+        there = self.task.states(self.teacher_list[index].model, view_of(batch, index))
+        return there.hidden, there.head
 
     def step(self, batch: Batch, progress: float) -> Losses:
         """Loss of one micro-batch.

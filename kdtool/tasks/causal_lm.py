@@ -16,11 +16,13 @@ from torch.nn import functional
 
 from kdtool.config import RunConfig
 from kdtool.data.examples import Examples
+from kdtool.divergences import head_of
 from kdtool.errors import DataProblem
 from kdtool.models import Loaded
 from kdtool.run import Run
 from kdtool.tasks import _base
-from kdtool.tasks._base import Batch, Evaluation, Outputs, to_device
+from kdtool.tasks._base import Batch, Evaluation, Outputs, States, to_device
+from kdtool.tasks._heads import body_of, has_plain_head
 from kdtool.tasks._text import longest
 
 _WINDOW = 256
@@ -70,6 +72,16 @@ class Task(_base.Task):
         ids = batch["input_ids"]
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
         return Outputs(logits.reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1))
+
+    def has_states(self, model: nn.Module) -> bool:
+        """Whether the logits are those of the output embedding, tried on a few tokens."""
+        return has_plain_head(model)
+
+    def states(self, model: nn.Module, batch: Batch) -> States:
+        """Last hidden states of the tokens but the last, and next tokens."""
+        ids = batch["input_ids"]
+        hidden = body_of(model)(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+        return States(hidden.reshape(-1, hidden.shape[-1]), head_of(model), ids[:, 1:].reshape(-1))
 
     @torch.no_grad()
     def evaluate(
