@@ -71,6 +71,8 @@ class Evaluation:
         logits: [examples, classes] float32 for classifiers, else None.
         labels: [examples] int64 for classifiers, else None.
         examples: Number of examples scored.
+        predictions: [units] the classes or tokens ranked first, row by row; None where unknown.
+        units: [examples] number of units of each row beside them.
     """
 
     metrics: dict[str, float]
@@ -78,6 +80,8 @@ class Evaluation:
     logits: np.ndarray | None
     labels: np.ndarray | None
     examples: int
+    predictions: np.ndarray | None = None
+    units: np.ndarray | None = None
 
 
 class Task:
@@ -92,7 +96,9 @@ class Task:
     processor_class: ClassVar[str]
     """Name of the transformers Auto class that loads what makes the inputs."""
     columns: ClassVar[tuple[str, ...]]
-    """Roles a data set must fill, out of text, text_pair, label, image, audio."""
+    """Roles a data set must fill, out of those in `kdtool.data.columns` and features."""
+    other_columns: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    """Sets of roles that do instead of them."""
     optional_columns: ClassVar[tuple[str, ...]] = ()
     metrics: ClassVar[tuple[str, ...]]
     """Default metrics; the first is the main one."""
@@ -119,6 +125,14 @@ class Task:
             prefix: Empty for the student, `teacherN.` for a teacher with a processor of its own.
         """
         raise NotImplementedError
+
+    def packed(self, rows: Examples, models: Sequence[nn.Module]) -> Examples | None:
+        """Encoded training rows that `collate` puts side by side, for models that keep them apart.
+
+        Returns:
+            The rows; None where the task has no such rows, or a model cannot.
+        """
+        return None
 
     def collate(self, items: Sequence[Mapping[str, Any]]) -> Batch:
         """Pad and stack encoded examples."""
