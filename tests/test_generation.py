@@ -46,7 +46,7 @@ def loop(student, teacher, prompt, uniform, settings):
 @pytest.mark.parametrize("k", [1, 4, V])
 @pytest.mark.parametrize("gamma", [1, 3, 5, 40])
 def test_blocks_give_the_tokens_of_the_loop(pair, k, gamma):
-    settings = Interleaving(k, gamma, Warp(0.8), Warp(0.6, 0.9), (0,), pad=2)
+    settings = Interleaving(k, gamma, Warp(0.8), Warp(0.6, 0.9), (0,), pad=2, scored=True)
     prompts = [[1, 5], [1, 7, 3, 9], [4], [1, 2, 11]]
     uniform = uniforms([(0, row) for row in range(4)], LENGTH)
     widest = max(map(len, prompts))
@@ -58,7 +58,7 @@ def test_blocks_give_the_tokens_of_the_loop(pair, k, gamma):
         assert (out.tokens[row][~out.valid[row]] == 2).all()
     if k == V:
         assert out.kept[out.valid].all()
-    assert (out.teacher_log_prob[out.valid] < 0).all()
+    assert (out.log_prob[out.valid] < 0).all()
 
 
 def test_one_model_alone(pair):
