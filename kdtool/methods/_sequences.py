@@ -22,9 +22,7 @@ from kdtool.methods import _base
 from kdtool.methods._kept import Kept
 from kdtool.models import Loaded
 from kdtool.tasks._base import LABELS, ROWS, Batch, Task
-
-_IGNORED = -100
-"""Label of tokens that do not count."""
+from kdtool.tasks._language import IGNORED
 
 
 @dataclass(frozen=True)
@@ -186,7 +184,7 @@ class SequenceMethod(_base.Method):
             first = min(length - 1, max(1, round(float(self.config.prompt_share) * length)))
             found = torch.full((rows,), first, device=ids.device)
             return found, length - found
-        counted = (batch[LABELS] != _IGNORED).long()
+        counted = (batch[LABELS] != IGNORED).long()
         first_counted = counted.argmax(1).clamp_min(1)
         return first_counted, batch["attention_mask"].sum(1) - first_counted
 
@@ -194,7 +192,7 @@ class SequenceMethod(_base.Method):
         """The texts of the data."""
         ids = batch["input_ids"]
         if LABELS in batch:
-            return Text(ids, batch[LABELS] != _IGNORED)
+            return Text(ids, batch[LABELS] != IGNORED)
         first, _ = self.prompts(batch)
         return Text(ids, torch.arange(ids.shape[1], device=ids.device) >= first[:, None])
 

@@ -28,6 +28,7 @@ from kdtool.methods._sequences import Text, head_of
 from kdtool.models import Loaded
 from kdtool.run import Run
 from kdtool.tasks._base import LABELS, ROWS, Batch, Task
+from kdtool.tasks._language import IGNORED
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,5 +121,5 @@ class Method(_sequences.SequenceMethod):
         ids = chosen["input_ids"].to(batch["input_ids"].device)
         counts = torch.ones_like(ids, dtype=torch.bool)
         if LABELS in chosen:
-            counts = chosen[LABELS].to(ids.device) >= 0
+            counts = chosen[LABELS].to(ids.device) != IGNORED
         return Text(ids, counts)
