@@ -323,8 +323,9 @@ def _joined(ids: Tensor, first: Tensor, out: Generated, settings: Interleaving) 
     """Prompts and what was written after them, padded on the right."""
     width = int((first + out.valid.sum(1)).max())
     place = torch.arange(width, device=ids.device) - first[:, None]
-    inside = place.clamp(0, out.tokens.shape[1] - 1)
-    counts = out.valid.gather(1, inside) & (place >= 0)
+    longest = out.tokens.shape[1]
+    inside = place.clamp(0, longest - 1)
+    counts = out.valid.gather(1, inside) & (place >= 0) & (place < longest)
     prompts = torch.nn.functional.pad(ids, (0, max(0, width - ids.shape[1])))[:, :width]
     written = torch.where(counts, out.tokens.gather(1, inside), settings.pad)
     log_prob = torch.where(counts, out.log_prob.gather(1, inside), 0.0) if settings.scored else None
