@@ -92,6 +92,8 @@ class DataSection(Section):
     """Put prompts and responses into the tokenizer's chat template, as conversations are."""
     long_prompts: Literal["drop", "cut"] = "drop"
     """Prompts that leave no room for a response: leave the row out, or cut the prompt on the left."""
+    packing: bool | None = None
+    """Put several rows of a causal language model side by side, apart from each other (default: where it can be)."""
     label: str | None = None
     """Column with the class."""
     image: str | None = None

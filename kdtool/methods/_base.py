@@ -66,6 +66,8 @@ class Method(nn.Module):
     """True if the loss takes labels [units, classes], as mixup and CutMix make them."""
     cacheable: ClassVar[bool] = True
     """False if the teacher never answers rows of the data alone, so that a teacher cache would stay empty."""
+    packs: ClassVar[bool] = True
+    """False if a step needs each example of a language model in a row of its own, such as to go on from it."""
     batchwise: ClassVar[bool] = False
     """True if the loss couples the samples of a batch."""
     golden: ClassVar[str] = ""

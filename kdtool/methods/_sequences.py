@@ -122,6 +122,7 @@ class SequenceMethod(_base.Method):
 
     needs_rows: ClassVar[bool] = True
     cacheable: ClassVar[bool] = False
+    packs: ClassVar[bool] = False
     seed: Tensor
 
     def __init__(self, config: Any, student: Loaded, teachers: Sequence[Loaded], task: Task) -> None:

@@ -86,6 +86,7 @@ def get_ready(config: RunConfig, run: Run) -> Ready:
     config.train.lr = config.train.lr or task.default_lr
     settings = METHODS.build_config(config.method_name, config.method_values)
     method = METHODS.get(config.method_name)(settings, student, [teacher] if teacher else [], task)
+    encoded.train = packed(config, task, method, encoded.train)
     views = make_views(config, task, encoded.train, student, teacher)
     if (config.augment.mixup or config.augment.cutmix) and not method.mixes:
         raise UsageProblem(
@@ -94,6 +95,30 @@ def get_ready(config: RunConfig, run: Run) -> Ready:
             hint=f"those that can: {', '.join(n for n in METHODS.names() if METHODS.info(n).facts.get('mixes'))}",
         )
     return Ready(task, data, encoded, teacher, student, method, views)
+
+
+def packed(config: RunConfig, task: Task, method: Any, rows: Examples | None) -> Examples | None:
+    """Training rows that share a line with others, where the method, the task and the models can have it so.
+
+    Raises:
+        UsageProblem: it was asked for, and one of them cannot.
+    """
+    wanted = config.data.packing
+    if rows is None or wanted is False or not (method.packs or wanted):
+        return rows
+    if not method.packs:
+        raise UsageProblem(
+            f"data.packing: method {config.method_name} needs every example in a row of its own",
+            hint="leave data.packing out",
+        )
+    made = task.packed(rows, [method.student, *(teacher.model for teacher in method.teacher_list)])
+    if made is None and wanted:
+        raise UsageProblem(
+            "data.packing: the rows cannot be packed",
+            why=f"{task.name} has none that could, or a model does not keep examples apart by their positions",
+            hint="leave data.packing out",
+        )
+    return rows if made is None else made
 
 
 def make_views(

@@ -106,6 +106,14 @@ class Task:
         """
         raise NotImplementedError
 
+    def packed(self, rows: Examples, models: Sequence[nn.Module]) -> Examples | None:
+        """Encoded training rows that `collate` puts side by side, for models that keep them apart.
+
+        Returns:
+            The rows; None where the task has no such rows, or a model cannot.
+        """
+        return None
+
     def collate(self, items: Sequence[Mapping[str, Any]]) -> Batch:
         """Pad and stack encoded examples."""
         raise NotImplementedError

@@ -29,7 +29,7 @@ class LanguageTask(_base.Task):
     classifies: ClassVar[bool] = False
 
     def units(self, batch: Batch) -> Tensor:
-        """How many units each row of a batch has, [rows] int64; `forward` gives them row by row."""
+        """How many units each example of a batch has, [examples] int64; `forward` gives them in that order."""
         raise NotImplementedError
 
     @torch.no_grad()

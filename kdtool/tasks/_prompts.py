@@ -86,6 +86,27 @@ def encode_prompts(rows: Examples, tokenizer: Any, settings: DataSection, limit:
     return Examples({"input_ids": ids, COUNTED: counted}, np.array([len(row) for row in ids], dtype=np.int64))
 
 
+def documents(texts: Sequence[Sequence[int]], begin: Sequence[int], end: int | None, limit: int) -> Examples:
+    """Texts as rows of their own of at most `limit` tokens, long ones in parts; all but the first token counts.
+
+    Args:
+        texts: Token ids of each text.
+        begin: Ids in front of a text.
+        end: Id behind it, where there is one.
+        limit: Longest row in tokens.
+
+    Raises:
+        DataProblem: no text has two tokens.
+    """
+    whole = [np.array([*begin, *ids, *([] if end is None else [end])], dtype=np.int64) for ids in texts]
+    rows = [ids[at : at + limit] for ids in whole for at in range(0, len(ids), limit)]
+    rows = [ids for ids in rows if len(ids) > 1]
+    if not rows:
+        raise DataProblem("the texts are empty", hint="choose another column: --set data.text=COLUMN")
+    counted = [np.arange(len(ids)) > 0 for ids in rows]
+    return Examples({"input_ids": rows, COUNTED: counted}, np.array([len(ids) for ids in rows], dtype=np.int64))
+
+
 def pieces_of(rows: Examples, tokenizer: Any, settings: DataSection) -> tuple[list[list[Piece]], list[int]]:
     """The pieces of each row, and the tokens that come before the first.
 

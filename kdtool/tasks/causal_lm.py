@@ -3,7 +3,8 @@
 Plain texts are joined, each with a beginning-of-sequence token in front (where the tokenizer has one),
 and cut into windows of equal length, so nothing is padded; all tokens but the first of a window count.
 Of prompts with responses, and of conversations, only the responses count; each is a row of its own,
-padded on the right. A unit is one predicted token that counts.
+padded on the right. With `data.packing` texts are rows of their own, too, cut where they are too long, and
+rows share a line with others that they do not see. A unit is one predicted token that counts.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,8 @@ from kdtool.models import Loaded
 from kdtool.run import Run
 from kdtool.tasks._base import LABELS, Batch, Outputs
 from kdtool.tasks._language import IGNORED, LanguageTask
-from kdtool.tasks._prompts import COUNTED, encode_prompts, has_prompts
+from kdtool.tasks._packing import POSITIONS, examples_of, joined, keeps_apart, packable, padded_positions
+from kdtool.tasks._prompts import COUNTED, documents, encode_prompts, has_prompts
 from kdtool.tasks._text import longest, pad, padding_id
 
 _WINDOW = 256
@@ -58,6 +60,8 @@ class Task(LanguageTask):
         window = longest(loaded, config.data.max_length, default=_WINDOW)
         begin = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
         encoded = tokenizer(list(rows.columns["text"]), add_special_tokens=False, return_attention_mask=False)
+        if config.data.packing:
+            return documents(encoded["input_ids"], begin, tokenizer.eos_token_id, window)
         stream = np.concatenate([np.array(begin + ids, dtype=np.int64) for ids in encoded["input_ids"]])
         count = len(stream) // window
         if count == 0:
@@ -67,13 +71,24 @@ class Task(LanguageTask):
             )
         return Examples({"input_ids": stream[: count * window].reshape(count, window)})
 
+    def packed(self, rows: Examples, models: Sequence[nn.Module]) -> Examples | None:
+        """Rows with the place of each token; None for windows, which are full, and where a model mixes examples."""
+        if COUNTED not in rows.columns or not all(keeps_apart(model) for model in models):
+            return None
+        return packable(rows)
+
     def collate(self, items: Sequence[Mapping[str, Any]]) -> Batch:
         """Stack windows; pad rows on the right, with labels of -100 where a token does not count."""
         if COUNTED not in items[0]:
             return {"input_ids": torch.from_numpy(np.stack([item["input_ids"] for item in items]))}
-        ids, mask = pad([item["input_ids"] for item in items], self.padding)
-        counted, _ = pad([item[COUNTED] for item in items], 0)
-        return {"input_ids": ids, "attention_mask": mask, LABELS: ids.masked_fill(counted == 0, IGNORED)}
+        rows = joined(items) if POSITIONS in items[0] else items
+        ids, mask = pad([row["input_ids"] for row in rows], self.padding)
+        counted, _ = pad([row[COUNTED] for row in rows], 0)
+        batch = {"input_ids": ids, "attention_mask": mask, LABELS: ids.masked_fill(counted == 0, IGNORED)}
+        if rows is not items:
+            positions, _ = pad([row[POSITIONS] for row in rows], 0)
+            batch[POSITIONS] = padded_positions(positions, mask)
+        return batch
 
     def forward(self, model: nn.Module, batch: Batch) -> Outputs:
         """Logits [units, vocabulary] and next tokens [units] of the tokens that count.
@@ -81,7 +96,9 @@ class Task(LanguageTask):
         All tokens but padding count in a batch without labels.
         """
         ids = batch["input_ids"]
-        inputs = {"attention_mask": batch["attention_mask"]} if "attention_mask" in batch else {}
+        # transformers tells packed examples apart by their positions, where it is given no mask
+        key = POSITIONS if POSITIONS in batch else "attention_mask"
+        inputs = {key: batch[key]} if key in batch else {}
         logits = model(input_ids=ids, use_cache=False, **inputs).logits[:, :-1]
         following = _following(batch)
         if following is None:
@@ -90,9 +107,12 @@ class Task(LanguageTask):
         return Outputs(logits[chosen], following[chosen])
 
     def units(self, batch: Batch) -> Tensor:
-        """Counted tokens of each row."""
+        """Counted tokens of each example."""
         following = _following(batch)
         ids = batch["input_ids"]
+        if following is not None and POSITIONS in batch:
+            owners = examples_of(batch)
+            return torch.bincount(owners[:, 1:][following != IGNORED], minlength=int(owners.max()) + 1)
         if following is None:
             return torch.full((len(ids),), ids.shape[1] - 1, device=ids.device)
         return (following != IGNORED).sum(1)
