@@ -23,6 +23,7 @@ from kdtool.methods._kept import Kept
 from kdtool.models import Loaded
 from kdtool.tasks._base import LABELS, ROWS, Batch, Task
 from kdtool.tasks._language import IGNORED
+from kdtool.tasks._packing import POSITIONS
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ class Text:
     Attributes:
         ids: [rows, length], padded on the right.
         counts: [rows, length] bool, true for tokens that the loss counts.
+        positions: [rows, length] places of tokens where several texts share a row, else None.
         written: Whether a model wrote them.
         log_prob: [rows, length] float64, log-probability of written tokens where it was noted, else None.
         parts: Sums for the log.
@@ -104,6 +106,7 @@ class Text:
 
     ids: Tensor
     counts: Tensor
+    positions: Tensor | None = None
     written: bool = False
     log_prob: Tensor | None = None
     parts: dict[str, Tensor] = field(default_factory=dict)
@@ -169,12 +172,14 @@ class SequenceMethod(_base.Method):
         self.student.train(training)
 
     @staticmethod
-    def hidden(model: Any, ids: Tensor) -> Tensor:
+    def hidden(model: Any, ids: Tensor, positions: Tensor | None = None) -> Tensor:
         """Last hidden states [rows, length, width].
 
-        Rows are padded on the right, where no token that counts can see, so there is no mask.
+        Rows are padded on the right, where no token that counts can see, so there is no mask; positions that
+        start anew keep texts of one row apart.
         """
-        found: Tensor = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        inputs = {} if positions is None else {POSITIONS: positions}
+        found: Tensor = model.base_model(input_ids=ids, use_cache=False, **inputs).last_hidden_state
         return found
 
     def prompts(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -193,7 +198,7 @@ class SequenceMethod(_base.Method):
         """The texts of the data."""
         ids = batch["input_ids"]
         if LABELS in batch:
-            return Text(ids, batch[LABELS] != IGNORED)
+            return Text(ids, batch[LABELS] != IGNORED, batch.get(POSITIONS))
         first, _ = self.prompts(batch)
         return Text(ids, torch.arange(ids.shape[1], device=ids.device) >= first[:, None])
 
@@ -294,7 +299,7 @@ class SequenceMethod(_base.Method):
             ce_weight: Of the cross-entropy with the text.
         """
         chosen = text.counts[:, 1:]
-        hidden = self.hidden(self.student, text.ids)[:, :-1][chosen]
+        hidden = self.hidden(self.student, text.ids, text.positions)[:, :-1][chosen]
         labels = text.ids[:, 1:][chosen]
         parts, units = dict(text.parts), dict(text.units)
         teacher = None
@@ -317,7 +322,7 @@ class SequenceMethod(_base.Method):
     def heard(self, text: Text, chosen: Tensor) -> tuple[Tensor, Head]:
         """The teacher's hidden states [tokens, width] at the chosen places [rows, length - 1], and its head."""
         model: Any = self.teacher_list[0].model
-        return self.hidden(model, text.ids)[:, :-1][chosen], head_of(model).cut(self.vocabulary)
+        return self.hidden(model, text.ids, text.positions)[:, :-1][chosen], head_of(model).cut(self.vocabulary)
 
 
 def _joined(ids: Tensor, first: Tensor, out: Generated, settings: Interleaving) -> Text:
@@ -330,4 +335,4 @@ def _joined(ids: Tensor, first: Tensor, out: Generated, settings: Interleaving) 
     prompts = torch.nn.functional.pad(ids, (0, max(0, width - ids.shape[1])))[:, :width]
     written = torch.where(counts, out.tokens.gather(1, inside), settings.pad)
     log_prob = torch.where(counts, out.log_prob.gather(1, inside), 0.0) if settings.scored else None
-    return Text(torch.where(place < 0, prompts, written), counts, True, log_prob)
+    return Text(torch.where(place < 0, prompts, written), counts, written=True, log_prob=log_prob)

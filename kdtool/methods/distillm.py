@@ -174,4 +174,4 @@ class Method(_sequences.SequenceMethod):
         first, ends = self.replay_spans[chosen].long().unbind(1)
         ids = self.replay_ids[chosen, : int(ends.max())].long()
         places = torch.arange(ids.shape[1], device=ids.device)
-        return Text(ids, (places >= first[:, None]) & (places < ends[:, None]), True)
+        return Text(ids, (places >= first[:, None]) & (places < ends[:, None]), written=True)

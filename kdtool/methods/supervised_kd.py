@@ -28,7 +28,8 @@ class Method(_sequences.SequenceMethod):
         "Sanh et al.: DistilBERT, a distilled version of BERT, 2019, arXiv:1910.01108; the baseline of GKD and SKD"
     )
     tasks: ClassVar[frozenset[str]] = frozenset({"causal-lm"})
-    needs: ClassVar[str] = "texts to go on with"
+    needs: ClassVar[str] = "next tokens to predict"
+    packs: ClassVar[bool] = True
 
     def step(self, batch: Batch, progress: float) -> _base.Losses:
         """Compare on the data."""

@@ -20,7 +20,6 @@ from torch import Tensor
 from kdtool.generation import CachedModel, Interleaving, Warp, generate, uniforms
 from tests.benchmarks.step_overhead import prepare
 
-
 ASSISTED = 2
 """Rows that are written with an assistant: one by one, so that few of them tell the speed."""
 

@@ -132,6 +132,17 @@ def test_rows_with_responses_add_up(kit):
         torch.testing.assert_close(whole.total, sum(one.total for one in parts), rtol=1e-4, atol=1e-4)
 
 
+def test_packed_rows_give_the_loss_of_rows_of_their_own(kit):
+    method = build(kit, "supervised-kd", ce_weight=0.5)
+    rows = list(range(20))
+    packed = kit.task.packed(kit.train, method.models)
+    batch = kit.task.collate([packed[i] for i in rows]) | {ROWS: torch.tensor(rows)}
+    assert len(batch["input_ids"]) < len(rows)
+    expected, found = method.step(kit.batch(rows), 0.5), method.step(batch, 0.5)
+    assert int(found.count) == int(expected.count)
+    torch.testing.assert_close(found.total, expected.total, rtol=1e-5, atol=1e-5)
+
+
 def train(kit, name, folder=None, reporter=None, checkpoints=None, **values):
     steps = values.pop("steps", 6)
     seed_everything(7)
