@@ -18,6 +18,7 @@ from kdtool.models import Loaded, load, load_model
 from kdtool.pipelines import setup
 from kdtool.pipelines.distill import get_ready, train
 from kdtool.pipelines.finished import read_proof
+from kdtool.pipelines.measured import check_metrics
 from kdtool.pipelines.output import Output
 from kdtool.pipelines.probe import probe_batches
 from kdtool.pipelines.prove import compare, weight_bytes
@@ -61,7 +62,7 @@ def _start(config: RunConfig, run: Run) -> _Source:
     reference = config.teacher.model
     assert reference is not None
     task = setup.pick_task(config, reference, run)
-    setup.check_metrics(config, task)
+    check_metrics(config, task)
     loaded = load_model(reference, task.auto_class, run, "model")
     setup.check_trained(loaded, "model")
     setup.load_processor(loaded, task, run)

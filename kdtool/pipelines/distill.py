@@ -15,6 +15,7 @@ from kdtool.errors import DataProblem, QualityProblem, TrainingProblem, UsagePro
 from kdtool.models import Loaded, load
 from kdtool.pipelines import setup
 from kdtool.pipelines.finished import read_proof
+from kdtool.pipelines.measured import check_metrics
 from kdtool.pipelines.output import KEPT_TEACHER, Output
 from kdtool.pipelines.prove import compare
 from kdtool.pipelines.push import check_push, push
@@ -60,7 +61,7 @@ def get_ready(config: RunConfig, run: Run) -> Ready:
     """
     setup.apply_benchmark(config)
     task = setup.pick_task(config, config.teacher.model or config.student.model, run)
-    setup.check_metrics(config, task)
+    check_metrics(config, task)
     facts = METHODS.info(config.method_name).facts
     check_fit(config.method_name, task.name)
     if config.output.save_teacher and not (facts.get("trains_teacher") and config.teacher.model):

@@ -55,6 +55,8 @@ class Evaluation:
         logits: [examples, classes] float32 for classifiers, else None.
         labels: [examples] int64 for classifiers, else None.
         examples: Number of examples scored.
+        predictions: [units] the classes or tokens ranked first, row by row; None where unknown.
+        units: [examples] number of units of each row beside them.
     """
 
     metrics: dict[str, float]
@@ -62,6 +64,8 @@ class Evaluation:
     logits: np.ndarray | None
     labels: np.ndarray | None
     examples: int
+    predictions: np.ndarray | None = None
+    units: np.ndarray | None = None
 
 
 class Task:

@@ -30,11 +30,12 @@ def packable(rows: Examples) -> Examples:
     return Examples({**rows.columns, POSITIONS: places}, rows.lengths)
 
 
-def joined(items: Sequence[Mapping[str, Any]]) -> list[dict[str, np.ndarray]]:
+def joined(items: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[dict[str, np.ndarray]]:
     """Examples laid end to end in order, in rows no longer than the longest of them.
 
     Args:
-        items: Examples, each a mapping of arrays [tokens].
+        items: Examples, with their positions.
+        keys: Which arrays [tokens] to join.
     """
     room = max(len(item[POSITIONS]) for item in items)
     groups: list[list[Mapping[str, Any]]] = []
@@ -45,7 +46,7 @@ def joined(items: Sequence[Mapping[str, Any]]) -> list[dict[str, np.ndarray]]:
             left = room
         groups[-1].append(item)
         left -= len(item[POSITIONS])
-    return [{key: np.concatenate([item[key] for item in group]) for key in group[0]} for group in groups]
+    return [{key: np.concatenate([item[key] for item in group]) for key in keys} for group in groups]
 
 
 def padded_positions(positions: Tensor, mask: Tensor) -> Tensor:

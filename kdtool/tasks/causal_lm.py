@@ -23,7 +23,7 @@ from kdtool.tasks._base import LABELS, Batch, Outputs
 from kdtool.tasks._language import IGNORED, LanguageTask
 from kdtool.tasks._packing import POSITIONS, examples_of, joined, keeps_apart, packable, padded_positions
 from kdtool.tasks._prompts import COUNTED, documents, encode_prompts, has_prompts
-from kdtool.tasks._text import longest, pad, padding_id
+from kdtool.tasks._text import longest, pad
 
 _WINDOW = 256
 _LONGEST_ROW = 512
@@ -39,9 +39,6 @@ class Task(LanguageTask):
     other_columns: ClassVar[tuple[tuple[str, ...], ...]] = (("prompt", "response"), ("messages",))
     optional_columns: ClassVar[tuple[str, ...]] = ("input",)
 
-    def __init__(self) -> None:
-        self.padding = 0
-
     def encode(self, rows: Examples, loaded: Loaded, config: RunConfig, run: Run, prefix: str = "") -> Examples:
         """Windows [rows, window] of token ids, or rows of prompt and response with a mask of what counts.
 
@@ -53,7 +50,7 @@ class Task(LanguageTask):
                 "teacher and student have different tokenizers", hint="choose a student with the teacher's tokenizer"
             )
         tokenizer = loaded.processor
-        self.padding = padding_id(tokenizer)
+        self.remember(loaded, config)
         if has_prompts(rows):
             limit = longest(loaded, config.data.max_length, default=_LONGEST_ROW)
             return encode_prompts(rows, tokenizer, config.data, limit, run)
@@ -81,7 +78,7 @@ class Task(LanguageTask):
         """Stack windows; pad rows on the right, with labels of -100 where a token does not count."""
         if COUNTED not in items[0]:
             return {"input_ids": torch.from_numpy(np.stack([item["input_ids"] for item in items]))}
-        rows = joined(items) if POSITIONS in items[0] else items
+        rows = joined(items, ("input_ids", COUNTED, POSITIONS)) if POSITIONS in items[0] else items
         ids, mask = pad([row["input_ids"] for row in rows], self.padding)
         counted, _ = pad([row[COUNTED] for row in rows], 0)
         batch = {"input_ids": ids, "attention_mask": mask, LABELS: ids.masked_fill(counted == 0, IGNORED)}
@@ -105,6 +102,11 @@ class Task(LanguageTask):
             return Outputs(logits.reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1))
         chosen = following != IGNORED
         return Outputs(logits[chosen], following[chosen])
+
+    def prompt_of(self, row: Mapping[str, Any]) -> np.ndarray:
+        """The tokens before the first that counts."""
+        ids: np.ndarray = row["input_ids"]
+        return ids[: int(row[COUNTED].argmax())]
 
     def units(self, batch: Batch) -> Tensor:
         """Counted tokens of each example."""

@@ -34,7 +34,7 @@ def together(kit):
 
 def test_examples_keep_their_order_and_share_rows():
     items = [{POSITIONS: np.arange(n), "x": np.full(n, n)} for n in (2, 3, 5, 1, 4, 2)]
-    assert [row["x"].tolist() for row in joined(items)] == [[2, 2, 3, 3, 3], [5] * 5, [1, 4, 4, 4, 4], [2, 2]]
+    assert [row["x"].tolist() for row in joined(items, ["x"])] == [[2, 2, 3, 3, 3], [5] * 5, [1, 4, 4, 4, 4], [2, 2]]
 
 
 def test_positions_start_anew_at_each_example_and_at_the_padding(kit):
