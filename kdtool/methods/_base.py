@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -22,11 +23,13 @@ class Losses:
         total: Scalar, sum of the loss over units (examples or tokens); carries the gradient.
         count: Number of units summed; the loop divides once per optimiser step.
         parts: Detached sums of the named terms, for the log.
+        units: How many units those parts are over that are not over all; a part without any is left out of the log.
     """
 
     total: Tensor
     count: Tensor | int
     parts: Mapping[str, Tensor] = field(default_factory=dict)
+    units: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +84,13 @@ class Method(nn.Module):
         self.caches: dict[int, TeacherCache] = {}
         for teacher in self.teacher_list:
             teacher.model.eval().requires_grad_(False)
+
+        self.steps = 1
+        """Steps of the whole training, once it has begun."""
+        self.folder: Path | None = None
+        """Where it may leave files that belong to the result; they stay there while a run is interrupted."""
+        self.held_out: Examples | None = None
+        """Encoded rows for choices during training; None where the data has none for it."""
 
     needs_rows: ClassVar[bool] = False
     """True if a step looks up `batch["cache.rows"]`, the numbers of its rows in the training data."""

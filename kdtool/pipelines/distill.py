@@ -210,6 +210,7 @@ def rehearse(trainer: Trainer) -> None:
 
 def train(ready: Ready, config: RunConfig, run: Run, output: Output) -> History:
     """Train the student of `ready`, from the last checkpoint if there is one; it holds the result then."""
+    ready.method.folder, ready.method.held_out = output.kept, ready.encoded.validation
     trainer = Trainer(
         ready.method,
         ready.encoded.train,  # type: ignore[arg-type] # get_ready refuses data without training rows
@@ -304,6 +305,8 @@ def _finish(ready: Ready, history: History, config: RunConfig, run: Run, output:
     task, staging = ready.task, output.staging
     student = ready.student
     save_model(student, staging, config.output)
+    if output.kept.is_dir():
+        shutil.copytree(output.kept, staging, dirs_exist_ok=True)
     if config.output.save_teacher and ready.teacher is not None:
         save_model(ready.teacher, staging / KEPT_TEACHER, config.output)
     probe = task.example_inputs(ready.encoded.test, min(_PROBE_ROWS, len(ready.encoded.test)))
