@@ -1,10 +1,11 @@
 """The optimiser step of weight-inherited distillation: a penalty in Adam's first moment (WID, section 3.4)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Role = Literal["in", "out", "bias"]
 
@@ -67,3 +68,51 @@ def step(parameter: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, a
     parameter.addcdiv_(exp_avg, exp_avg_sq.sqrt().add_(adam.eps), value=-adam.lr)
     if adam.weight_decay:
         parameter.add_(parameter, alpha=-adam.lr * adam.weight_decay)
+
+
+class PenalisedAdamW(torch.optim.Optimizer):
+    """AdamW without bias correction whose moments see the penalty on what is dropped.
+
+    Args:
+        groups: With `params`, `lr` and `weight_decay`.
+        roles: Each parameter that loses something, with what it is and the name of its keep-set.
+        strength: lambda of the penalty.
+    """
+
+    masks: Mapping[str, Tensor]
+    """Keep-set to bool [n]; set before each step."""
+    phase: Literal["warm", "active"]
+    """`warm` shrinks all of every compactor, `active` pulls what is dropped towards zero."""
+
+    def __init__(
+        self, groups: list[dict[str, Any]], roles: list[tuple[nn.Parameter, Role, str]], strength: float
+    ) -> None:
+        super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0})
+        self.roles = {parameter: (role, name) for parameter, role, name in roles}
+        self.strength = strength
+        self.masks, self.phase = {}, "warm"
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override] # no closure is ever given
+        """One step; parameters without gradient stay."""
+        for group in self.param_groups:
+            adam = Adam(group["lr"], weight_decay=group["weight_decay"])
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(parameter) for _ in range(2))
+                grad = self._with_penalty(parameter, state["exp_avg"])
+                step(parameter, grad, state["exp_avg"], state["exp_avg_sq"], adam)
+
+    def _with_penalty(self, parameter: Tensor, exp_avg: Tensor) -> Tensor:
+        """The gradient to step with."""
+        grad: Tensor = parameter.grad  # type: ignore[assignment] # asked before
+        if parameter not in self.roles:
+            return grad
+        role, name = self.roles[parameter]
+        if self.phase == "active":
+            gone = dropped_entries(parameter, self.masks[name], role)
+            return penalise(parameter, grad, exp_avg, gone, self.strength)
+        return grad if role == "bias" else shrink(parameter, grad)
