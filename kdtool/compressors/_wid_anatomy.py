@@ -239,6 +239,7 @@ def anatomy_of(model: Any) -> Anatomy:
         parts.norms |= {f"{body}.{name}": "hidden" for name in family.norms}
     _add_layers(parts, family, body, depth)
     _add_head(parts, model, narrow)
+    last = f"{body}.{family.layers}.{depth - 1}.{family.layer_norms[1]}"
     return Anatomy(
         hidden,
         heads,
@@ -250,7 +251,5 @@ def anatomy_of(model: Any) -> Anatomy:
         () if narrow else tuple(f"{body}.{name}" for name in family.tables),
         f"{body}.{family.patches}" if family.patches else None,
         family.stated,
-        f"{body}.{family.layers}.{depth - 1}.{family.layer_norms[1]}"
-        if getattr(model.config, "normalize", 0)
-        else None,
+        last if getattr(model.config, "normalize", False) else None,
     )

@@ -73,7 +73,7 @@ class KeptLayerNorm(nn.Module):
         mean = (x * keep).sum(-1, keepdim=True) / count
         centred = x - mean
         variance = (centred.square() * keep).sum(-1, keepdim=True) / count
-        y = centred * torch.rsqrt(variance + norm.eps) * norm.weight + norm.bias
+        y: Tensor = centred * torch.rsqrt(variance + norm.eps) * norm.weight + norm.bias
         return y * keep if self.hard else y
 
 
@@ -147,6 +147,8 @@ def set_masks(wrapped: Any, anatomy: Anatomy, keep: State) -> None:
     """Tell the norms what is kept.
 
     Args:
+        wrapped: From `compacted`; changed in place.
+        anatomy: Of the model.
         keep: Keep-set to bool [n].
     """
     for path, group in anatomy.norms.items():

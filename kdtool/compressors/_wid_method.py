@@ -1,6 +1,5 @@
 """Training compactors, as a method that the loop of `distill` trains (WID, sections 3.3 and 3.4)."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -123,17 +122,12 @@ class Inheritance(_base.Method):
         loss = cross_entropy(out.logits, _base.labels_of(out))
         return _base.Losses(loss, out.logits.shape[0], {"ce": loss.detach()})
 
-    def cautions(self, epochs: float) -> Sequence[str]:
-        """None: what is not yet small when training ends is measured, and reported."""
-        return ()
-
     @torch.no_grad()
     def inherited(self) -> dict[str, Tensor]:
         """Weights of the smaller model: compactors multiplied in, in float64, then in the format they had."""
+        trained = merging.compactors_of(self.student, self.anatomy)
+        compactors = {name: value.detach().cpu().double() for name, value in trained.items()}
         state = {name: value.detach().cpu() for name, value in merging.inherited_state(self.student).items()}
-        compactors = {
-            n: p.detach().cpu().double() for n, p in merging.compactors_of(self.student, self.anatomy).items()
-        }
         keep = {group: mask.cpu() for group, mask in self.keep.items()}
         precise = {name: value.double() if value.is_floating_point() else value for name, value in state.items()}
         goal, anatomy = self.config, self.anatomy

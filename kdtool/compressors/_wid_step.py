@@ -88,7 +88,7 @@ class PenalisedAdamW(torch.optim.Optimizer):
         self, groups: list[dict[str, Any]], roles: list[tuple[nn.Parameter, Role, str]], strength: float
     ) -> None:
         super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0})
-        self.roles = {parameter: (role, name) for parameter, role, name in roles}
+        self.roles: dict[Tensor, tuple[Role, str]] = {parameter: (role, name) for parameter, role, name in roles}
         self.strength = strength
         self.masks, self.phase = {}, "warm"
 

@@ -57,6 +57,10 @@ def merged_of(case, factor):
     return merging.merge(teacher.state_dict(), compactors, keep, anatomy_of(teacher), factor)
 
 
+def student_of(case, factor):
+    return masked_lm(case.entry["teacher"] | case.entry["student"], merged_of(case, factor))
+
+
 def masked_of(case):
     """The teacher between its compactors, all that is dropped zero."""
     teacher = masked_lm(case.entry["teacher"], part(case, "teacher"))
@@ -83,9 +87,7 @@ def test_the_merge_gives_the_reference_student(case):
 def test_the_merged_student_is_the_masked_teacher(case):
     keep, near = part(case, "keep"), case.tolerance.of("end_to_end")
     masked, masked_states = run(masked_of(case), case)
-    student, states = run(
-        masked_lm(case.entry["teacher"] | case.entry["student"], merged_of(case, factor_of(case))), case
-    )
+    student, states = run(student_of(case, factor_of(case)), case)
     torch.testing.assert_close(masked, case.tensors["logits"], **near)
     torch.testing.assert_close(student, case.tensors["logits"], **near)
     for i, (before, after) in enumerate(zip(masked_states, states, strict=True)):
@@ -95,7 +97,7 @@ def test_the_merged_student_is_the_masked_teacher(case):
 
 @of("end_to_end")
 def test_smaller_heads_need_the_query_factor(case):
-    logits, _ = run(masked_lm(case.entry["teacher"] | case.entry["student"], merged_of(case, 1.0)), case)
+    logits, _ = run(student_of(case, 1.0), case)
     off = float((logits - case.tensors["logits"]).abs().max())
     assert off < 1e-9 if factor_of(case) == 1.0 else off > 0.05
 
