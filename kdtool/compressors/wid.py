@@ -87,7 +87,7 @@ def _check_shape(loaded: Loaded, config: Config, anatomy: Anatomy) -> None:
         )
 
 
-def _goal(config: Config, anatomy: Anatomy) -> Goal:
+def goal_of(config: Config, anatomy: Anatomy) -> Goal:
     """The schedule.
 
     Raises:
@@ -112,7 +112,7 @@ def _shapes(config: Config, anatomy: Anatomy) -> dict[str, int]:
     return dict(zip(anatomy.stated, sizes, strict=True))
 
 
-def _smaller(loaded: Loaded, config: Config, anatomy: Anatomy) -> Any:
+def shrunk(loaded: Loaded, config: Config, anatomy: Anatomy) -> Any:
     """The configuration of the result.
 
     Raises:
@@ -134,7 +134,7 @@ def _smaller(loaded: Loaded, config: Config, anatomy: Anatomy) -> Any:
     return changed
 
 
-def _untied(loaded: Loaded, anatomy: Anatomy) -> Loaded:
+def untied(loaded: Loaded, anatomy: Anatomy) -> Loaded:
     """A copy whose decoder has weights of its own, since the merged one cannot share those of the embeddings."""
     model: Any = copy.deepcopy(loaded.model)
     if "mlm" in anatomy.sizes and getattr(model.config, "tie_word_embeddings", False):
@@ -153,7 +153,7 @@ def _check_fit(method: Inheritance, loaded: Loaded, config: Config) -> None:
     last = intervals(method.anatomy.hidden, config.hidden, method.anatomy.head_size, config.strategy)
     kept = {group: mask.clone() for group, mask in method.keep.items()}
     method.choose(last)
-    rebuilt(loaded, _smaller(loaded, config, method.anatomy), method.inherited())
+    rebuilt(loaded, shrunk(loaded, config, method.anatomy), method.inherited())
     for group, mask in method.keep.items():
         mask.copy_(kept[group])
 
@@ -198,7 +198,7 @@ def compress(loaded: Loaded, config: Config, context: Context) -> Loaded:
         raise UsageProblem("wid has an AdamW of its own", hint="leave out train.optimizer")
     anatomy = anatomy_of(loaded.model)
     _check_shape(loaded, config, anatomy)
-    goal, source = _goal(config, anatomy), _untied(loaded, anatomy)
+    goal, source = goal_of(config, anatomy), untied(loaded, anatomy)
     method = Inheritance(goal, source, anatomy, context.task)
     _check_fit(method, source, config)
     settings = context.train.model_copy(
@@ -210,7 +210,7 @@ def compress(loaded: Loaded, config: Config, context: Context) -> Loaded:
         f"wid: training {sum(p.numel() for p in method.parameters()):,} parameters for {trainer.plan.steps} steps"
     )
     history = trainer.train()
-    made = rebuilt(source, _smaller(source, config, anatomy), method.inherited())
+    made = rebuilt(source, shrunk(source, config, anatomy), method.inherited())
     norm = largest_dropped_norm(method.student, anatomy, method.keep)
     exact = _exactness(method, made.model, context)
     made.facts |= {
