@@ -32,17 +32,14 @@ from kdtool.tasks._base import Batch, Outputs, Task
 from kdtool.train.loop import Trainer
 from kdtool.train.state import seed_everything
 
-SYMBOLS = 24
-LENGTH = 24
-MASK = SYMBOLS
-"""Id of the mask; symbols come before it."""
 SHARE = 0.15
+"""Share of the symbols that are masked."""
 
 
-def masked(ids: Tensor) -> Batch:
+def masked(ids: Tensor, mask: int) -> Batch:
     """Ids [rows, n] with a share of them masked, and labels that hold those alone."""
     chosen = torch.rand(ids.shape) < SHARE
-    return {"input_ids": ids.masked_fill(chosen, MASK), "labels": ids.masked_fill(~chosen, -100)}
+    return {"input_ids": ids.masked_fill(chosen, mask), "labels": ids.masked_fill(~chosen, -100)}
 
 
 class MarkovTask(Task):
@@ -50,9 +47,12 @@ class MarkovTask(Task):
 
     name = "masked-lm"
 
+    def __init__(self, mask: int) -> None:
+        self.mask = mask
+
     def collate(self, items: Sequence[Any]) -> Batch:
         """Mask anew."""
-        return masked(torch.tensor(np.stack([item["input_ids"] for item in items])))
+        return masked(torch.tensor(np.stack([item["input_ids"] for item in items])), self.mask)
 
     def forward(self, model: Any, batch: Batch) -> Outputs:
         """Units are masked symbols."""
@@ -60,31 +60,18 @@ class MarkovTask(Task):
         return Outputs(logits[labels != -100], labels[labels != -100])
 
 
-def text(rows: int, seed: int) -> Examples:
+def text(rows: int, length: int, symbols: int, seed: int) -> Examples:
     """Sequences of which each symbol depends on the two before it, in the same way for all seeds."""
-    law = np.random.default_rng(12345).dirichlet([0.1] * SYMBOLS, (SYMBOLS, SYMBOLS)).cumsum(-1)
+    first, second = np.random.default_rng(12345).normal(0, 2, (2, symbols, symbols))
+    odds = np.exp(first[:, None] + second[None])
+    law = (odds / odds.sum(-1, keepdims=True)).cumsum(-1)
     generator = np.random.default_rng(seed)
-    ids = np.zeros((rows, LENGTH), dtype=np.int64)
-    ids[:, :2] = generator.integers(0, SYMBOLS, (rows, 2))
-    for at in range(2, LENGTH):
+    ids = np.zeros((rows, length), dtype=np.int64)
+    ids[:, :2] = generator.integers(0, symbols, (rows, 2))
+    for at in range(2, length):
         draws = generator.random((rows, 1))
-        ids[:, at] = (draws > law[ids[:, at - 2], ids[:, at - 1]]).sum(1).clip(max=SYMBOLS - 1)
+        ids[:, at] = (draws > law[ids[:, at - 2], ids[:, at - 1]]).sum(1).clip(max=symbols - 1)
     return Examples({"input_ids": ids})
-
-
-def bert(hidden: int) -> Any:
-    """Two layers of four heads, with random weights."""
-    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 4 * hidden}
-    config = transformers.BertConfig(
-        vocab_size=SYMBOLS + 1,
-        hidden_size=hidden,
-        max_position_embeddings=LENGTH,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        tie_word_embeddings=False,
-        **sizes,
-    )
-    return transformers.BertForMaskedLM(config)
 
 
 class Toy:
@@ -92,16 +79,34 @@ class Toy:
 
     Args:
         seed: Of models, rows and masks.
-        rows: Training rows; the law of the text is the same for all.
+        hidden: Width of the teacher, in four heads; the others are half as wide.
+        symbols: Size of the alphabet.
+        length: Symbols in a row.
+        rows: Training rows; the law of the text is the same for all seeds.
     """
 
-    def __init__(self, seed: int, rows: int = 4096) -> None:
-        self.seed, self.task = seed, MarkovTask()
-        self.rows = text(rows, 1000 + seed)
-        ids = torch.tensor(text(1024, 999).columns["input_ids"])
+    def __init__(self, seed: int, hidden: int = 48, symbols: int = 24, length: int = 24, rows: int = 4096) -> None:
+        self.seed, self.hidden, self.task = seed, hidden, MarkovTask(symbols)
+        self.shape = {"vocab_size": symbols + 1, "max_position_embeddings": length}
+        self.rows = text(rows, length, symbols, 1000 + seed)
+        ids = torch.tensor(text(1024, length, symbols, 999).columns["input_ids"])
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            self.test = masked(ids)
+            self.test = masked(ids, symbols)
+
+    def bert(self, hidden: int) -> Any:
+        """Two layers of four heads, with random weights."""
+        sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 4 * hidden}
+        config = transformers.BertConfig(
+            hidden_size=hidden,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            initializer_range=0.1,
+            tie_word_embeddings=False,
+            **sizes,
+            **self.shape,
+        )
+        return transformers.BertForMaskedLM(config)
 
     @torch.no_grad()
     def loss(self, model: Any) -> float:
@@ -127,24 +132,38 @@ class Toy:
         Trainer(method, self.rows, settings, Run(seed=self.seed), method.is_own_weight).train()
         return method
 
-    def compare(self, teacher_steps: int = 1500, steps: int = 700, interval: int = 12, more: int = 300) -> Any:
-        """Held-out loss by model, and the largest norm of what `wid` dropped."""
+    def compare(
+        self,
+        teacher_steps: int = 1500,
+        steps: int = 700,
+        interval: int = 12,
+        more: int = 300,
+        rates: Sequence[float] = (3e-3, 1e-3),
+    ) -> dict[str, float]:
+        """Held-out loss by model, and the largest norm of what `wid` dropped.
+
+        Args:
+            teacher_steps: Training of the teacher.
+            steps: Training of each of the others.
+            interval: Steps between two choices of what to drop.
+            more: Steps that `wid` and the random model go on for.
+            rates: Peak learning rates to train the cut with.
+        """
         seed_everything(self.seed)
-        teacher = self.fit(bert(48), teacher_steps, 3e-3)
-        method = self.inherit(teacher, wid.Config(24, steps=steps, interval=interval))
-        anatomy, student, cut = method.anatomy, bert(24), bert(24)
+        teacher = self.fit(self.bert(self.hidden), teacher_steps, 3e-3)
+        method = self.inherit(teacher, wid.Config(self.hidden // 2, steps=steps, interval=interval, weights_lr=3e-4))
+        anatomy, student, cut = method.anatomy, self.bert(self.hidden // 2), self.bert(self.hidden // 2)
         student.load_state_dict(method.inherited())
         identity = {name: torch.eye(len(p)) for name, p in merging.compactors_of(method.student, anatomy).items()}
         factor = merging.query_factor(anatomy.head_size, anatomy.head_size // 2)
         cut.load_state_dict(merging.merge(teacher.state_dict(), identity, method.keep, anatomy, factor))
         seed_everything(self.seed)
-        fresh = self.fit(bert(24), steps, 3e-3)
+        fresh = self.fit(self.bert(self.hidden // 2), steps, 3e-3)
         found = {
             "teacher": self.loss(teacher),
             "wid": self.loss(student),
             "wid before merging": self.loss(method.masked()),
-            "trained cut, lr 3e-3": self.loss(self.fit(cut, steps, 3e-3)),
-            "trained cut, lr 1e-3": self.loss(self.fit(cut, steps, 1e-3)),
+            **{f"trained cut, lr {rate:g}": self.loss(self.fit(cut, steps, rate)) for rate in rates},
             "random, trained": self.loss(fresh),
             "cut, untrained": self.loss(cut),
             "largest dropped norm": merging.largest_dropped_norm(method.student, anatomy, method.keep),

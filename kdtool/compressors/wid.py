@@ -46,7 +46,7 @@ class Config:
     """Optimiser steps (paper: 400,000, on a corpus)."""
     lr: Annotated[float, Field(gt=0)] = 1e-3
     """Peak learning rate of the compactors (paper, over its many steps: 5e-5); more than 1e-3 is unstable."""
-    weights_lr: Annotated[float, Field(gt=0)] = 3e-4
+    weights_lr: Annotated[float, Field(gt=0)] = 1e-4
     """Peak learning rate of the model's own weights (paper: 1e-6)."""
     interval: Annotated[int, Field(gt=0)] | None = None
     """Steps between two choices of what to drop (paper: 500; default: so that a quarter of the steps are enough)."""
