@@ -20,23 +20,18 @@ class Adam:
     weight_decay: float = 0.0
 
 
-def dropped_entries(parameter: Tensor, keep: Tensor, role: Role) -> Tensor:
+def dropped_entries(keep: Tensor, role: Role) -> Tensor:
     """Mask of the entries that a keep-set drops: columns of an in-compactor, rows of an out-compactor.
 
     Args:
-        parameter: [n, n], or [n] for a bias.
         keep: [n] bool.
-        role: What the parameter is.
+        role: What the parameter is: a compactor [n, n], or a bias [n].
 
     Returns:
-        Bool, in the shape of the parameter.
+        Bool, of a shape that broadcasts to that of the parameter.
     """
     gone = ~keep.bool()
-    if role == "in":
-        gone = gone.unsqueeze(0)
-    elif role == "out":
-        gone = gone.unsqueeze(1)
-    return gone.expand_as(parameter)
+    return gone if role == "bias" else gone.unsqueeze(0 if role == "in" else 1)
 
 
 def penalise(parameter: Tensor, grad: Tensor, exp_avg: Tensor, gone: Tensor, strength: float) -> Tensor:
@@ -50,8 +45,8 @@ def penalise(parameter: Tensor, grad: Tensor, exp_avg: Tensor, gone: Tensor, str
         The gradient to step with.
     """
     if strength > 1.0:
-        exp_avg.mul_(0.9).add_(torch.where(gone, 0.1 * (strength - 1.0) * parameter, 0.0))
-    return torch.where(gone, min(strength, 1.0) * parameter, grad)
+        exp_avg.mul_(0.9).addcmul_(gone.to(parameter.dtype), parameter, value=0.1 * (strength - 1.0))
+    return torch.where(gone, parameter if strength >= 1.0 else strength * parameter, grad)
 
 
 def shrink(parameter: Tensor, grad: Tensor) -> Tensor:
@@ -113,6 +108,6 @@ class PenalisedAdamW(torch.optim.Optimizer):
             return grad
         role, name = self.roles[parameter]
         if self.phase == "active":
-            gone = dropped_entries(parameter, self.masks[name], role)
+            gone = dropped_entries(self.masks[name], role)
             return penalise(parameter, grad, exp_avg, gone, self.strength)
         return grad if role == "bias" else shrink(parameter, grad)

@@ -32,6 +32,8 @@ _SHARE = 4
 """The schedule ends in the first of so many parts of the run, where no interval is given."""
 _INEXACT = 1e-3
 """A merge that changes the outputs by more than this share of their norm is no merge."""
+_ABRUPT = 0.05
+"""Dropped entries whose removal changes the outputs by more than this share of their norm had not yet shrunk."""
 
 
 @dataclass(frozen=True)
@@ -213,6 +215,11 @@ def compress(loaded: Loaded, config: Config, context: Context) -> Loaded:
     made = rebuilt(source, shrunk(source, config, anatomy), method.inherited())
     norm = largest_dropped_norm(method.student, anatomy, method.keep)
     exact = _exactness(method, made.model, context)
+    if exact["zeroing_change"] > _ABRUPT:
+        context.run.reporter.warn(
+            f"wid: what was dropped had not shrunk yet, and its removal changed the outputs by "
+            f"{exact['zeroing_change']:.2g} of their norm: give it more method.steps"
+        )
     made.facts |= {
         "shapes": _shapes(config, anatomy),
         "steps": history.steps,

@@ -95,11 +95,14 @@ def inheritance_of(loaded, strategy, hidden=8):
 
 @on_each_family
 @both_strategies
-def test_the_merged_model_is_the_masked_one(family, strategy):
+def test_the_merged_model_is_the_masked_one(family, strategy, tmp_path):
     loaded = model_of(family)
     method, model = inheritance_of(loaded, strategy)
     expected = logits_of(method.masked(), family)
     torch.testing.assert_close(logits_of(model, family), expected, rtol=1e-10, atol=1e-10)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path, dtype="auto")
+    assert torch.equal(logits_of(again, family), logits_of(model, family))
     single = logits_of(model.float(), family), logits_of(method.masked().float(), family)
     torch.testing.assert_close(*single, rtol=1e-5, atol=1e-5)
     assert (logits_of(loaded.model, family) - expected).abs().max() > 1e-3
@@ -148,7 +151,7 @@ def test_the_step_of_the_optimiser_is_that_of_its_parts():
             parameter.grad, value, moment = grads[role].clone(), values[role], moments[role]
             grad = grads[role] if role == "bias" else stepping.shrink(value, grads[role])
             if phase == "active":
-                gone = stepping.dropped_entries(value, keep, role)
+                gone = stepping.dropped_entries(keep, role)
                 grad = stepping.penalise(value, grads[role], moment[0], gone, 20.0)
             stepping.step(value, grad, *moment, adam)
         other.grad = torch.ones(3)
@@ -187,6 +190,16 @@ class Breaks(Silent):
             raise RuntimeError("cut off")
 
 
+class Notes(Silent):
+    """Keeps warnings."""
+
+    def __init__(self):
+        self.warnings = []
+
+    def warn(self, message):
+        self.warnings.append(message)
+
+
 @pytest.fixture(scope="module")
 def kit(models, data):
     return make_kit("text-classification", models, data)
@@ -221,7 +234,9 @@ def test_says_what_was_dropped_and_how_exact_the_merge_is(kit):
     assert 0 < facts["largest_dropped_norm"] < 1
     assert facts["merge_difference"] < 1e-5
     assert facts["steps"] == 18
-    assert facts["largest_dropped_norm"] < compress(kit, penalty=1.0).facts["largest_dropped_norm"]
+    notes = Notes()
+    assert facts["largest_dropped_norm"] < compress(kit, None, notes, penalty=1.0).facts["largest_dropped_norm"]
+    assert any("had not shrunk yet" in warning for warning in notes.warnings)
 
 
 def test_other_optimisers_and_parts_are_refused(kit):

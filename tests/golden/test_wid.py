@@ -130,7 +130,7 @@ def test_penalty_steps(case, role, phase):
     adam = stepping.Adam(entry["lr"], tuple(entry["betas"]), entry["eps"], decay)
     param, grad, m, v = (given[key].clone() for key in ("param0", "grad", "exp_avg0", "exp_avg_sq0"))
     if phase == "active":
-        gone = stepping.dropped_entries(param, given["keep"], role)
+        gone = stepping.dropped_entries(given["keep"], role)
         grad = stepping.penalise(param, grad, m, gone, entry["l2_lambda"])
     elif role != "bias":
         grad = stepping.shrink(param, grad)
