@@ -57,6 +57,14 @@ class StudentSection(Section):
     """Start from the weights found (auto, weights) or from random ones."""
     freeze: list[str] = []
     """What stays as it is: `embeddings`, or parameter name patterns such as `*.layer.0.*`."""
+    lora_rank: int | None = Field(None, gt=0)
+    """Train low-rank additions (LoRA) of this rank to the student's layers, merged at the end; needs peft."""
+    lora_alpha: float | None = Field(None, gt=0)
+    """Their scale is lora_alpha / lora_rank (default: 2)."""
+    lora_targets: list[str] = []
+    """Names of the layers that get one, such as q_proj (default: all linear layers but the head)."""
+    lora_adapter: bool = False
+    """Keep the additions by themselves, too, in the folder `adapter` of the output."""
 
 
 class DataSection(Section):

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from kdtool import lora
 from kdtool.benchmarks import load_benchmark
 from kdtool.config import RunConfig
 from kdtool.data.examples import DataSplits, Examples
@@ -313,6 +314,7 @@ def load_student(config: RunConfig, task: Task, data: DataSplits, teacher: Loade
         UsageProblem, ModelProblem: it cannot be had or does not fit.
     """
     reference = config.student.model
+    lora.check(config.student)
     if reference is None:
         raise UsageProblem("no student given", hint="--student layers:N, a folder, a Hub id or a configuration file")
     path = Path(reference).expanduser()
@@ -335,6 +337,7 @@ def load_student(config: RunConfig, task: Task, data: DataSplits, teacher: Loade
         student.facts["new_weights"] = ["all"]
     if data.labels:
         name_classes(student, data.labels)
+    lora.add(student, config.student, run)
     _freeze(student, config.student.freeze)
     return student
 
