@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from kdtool import lora
-from kdtool.benchmarks import load_benchmark
+from kdtool.benchmarks import HARNESS, load_benchmark
 from kdtool.config import RunConfig
 from kdtool.data.examples import DataSplits, Examples
 from kdtool.data.labels import match_labels
@@ -104,6 +104,11 @@ def apply_benchmark(config: RunConfig) -> None:
     """Fill in what a named benchmark says and the configuration leaves open."""
     if config.eval.benchmark is None:
         return
+    if config.eval.benchmark.startswith(HARNESS):
+        raise UsageProblem(
+            f"--benchmark {config.eval.benchmark} scores a finished model, it is no data for {config.command}",
+            hint=f"kdtool evaluate MODEL --benchmark {config.eval.benchmark}",
+        )
     benchmark = load_benchmark(config.eval.benchmark)
     for key in ("task", "source", "text", "text_pair", "label", "image", "audio", "train_split", "test_split"):
         value = getattr(benchmark, key)
