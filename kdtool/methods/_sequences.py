@@ -24,6 +24,7 @@ from kdtool.models import Loaded
 from kdtool.tasks._base import LABELS, ROWS, Batch, Task
 from kdtool.tasks._language import IGNORED
 from kdtool.tasks._packing import POSITIONS
+from kdtool.tasks._writing import ends_of
 
 
 @dataclass(frozen=True)
@@ -137,8 +138,7 @@ class SequenceMethod(_base.Method):
         self.vocabulary = min([len(student.processor), *sizes])
         # a window longer than the model's positions cannot be, so what follows a prompt in the data always fits
         self.positions = min(int(getattr(model.config, "max_position_embeddings", None) or 2**31) for model in models)
-        end = student.processor.eos_token_id
-        self.stop = () if end is None else (int(end),)
+        self.stop = tuple(ends_of(self.student, student.processor))
         strings = getattr(config, "stop_strings", None)
         self.stop_strings = StopStrings(student.processor, strings) if strings else None
         self.kept = Kept(student.processor)
