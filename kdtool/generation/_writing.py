@@ -253,6 +253,6 @@ class _Writing:
 
     def result(self) -> Generated:
         """All texts, cut to the longest."""
-        longest = int(self.valid.any(0).sum())
+        longest = max(1, int(self.valid.any(0).sum()))
         parts = (self.tokens, self.valid, self.kept, self.proposed, self.log_prob)
         return Generated(*(value[:, :longest] for value in parts))

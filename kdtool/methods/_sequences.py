@@ -272,7 +272,7 @@ class SequenceMethod(_base.Method):
         training = self.student.training
         self.student.eval()
         out = generate(
-            writer, teacher, start, (places >= 0).long(), uniforms(numbers, int(limits.max())), settings, limits
+            writer, teacher, start, (places >= 0).long(), uniforms(numbers, max(1, int(limits.max()))), settings, limits
         )
         self.student.train(training)
         text = _joined(batch["input_ids"], first, out, settings)
