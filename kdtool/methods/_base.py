@@ -8,10 +8,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from kdtool.config import TrainSection
 from kdtool.data.examples import Examples
+from kdtool.divergences import Teacher as Told
 from kdtool.models import Loaded
 from kdtool.tasks._base import VIEW, Batch, Outputs, Task, view_of
 from kdtool.teacher_cache import TeacherCache
+from kdtool.train.optim import build_optimizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +112,19 @@ class Method(nn.Module):
             resumed: True if some of its steps were done before, and `state_dict()` is as it was then.
         """
 
+    def optimizer(self, groups: list[dict[str, Any]], config: TrainSection, device: str) -> torch.optim.Optimizer:
+        """The update rule of a stage, built when it begins; by default the one that the configuration names.
+
+        Args:
+            groups: Trainable parameters, with the `lr` and `weight_decay` of each group.
+            config: Optimisation settings.
+            device: Where the parameters are.
+        """
+        return build_optimizer(groups, config, device)
+
+    def before_step(self, step: int) -> None:
+        """An optimiser step begins, counted from 0 over all stages; by default nothing happens."""
+
     def cautions(self, epochs: float) -> Sequence[str]:
         """What the user should know of these settings with this length of training, one line each."""
         return ()
@@ -122,6 +138,14 @@ class Method(nn.Module):
         if cached and index in self.caches and VIEW in batch:
             return Outputs(self.caches[index].get(batch[VIEW]), None)
         return self.task.forward(self.teacher_list[index].model, view_of(batch, index))
+
+    @torch.no_grad()
+    def tell(self, batch: Batch, index: int = 0) -> Told:
+        """What a frozen language model says of the units, in the form that takes least; see `kdtool.divergences`."""
+        if index in self.caches and VIEW in batch:
+            return self.caches[index].get(batch[VIEW])
+        there = self.task.states(self.teacher_list[index].model, view_of(batch, index))
+        return there.hidden, there.head
 
     def step(self, batch: Batch, progress: float) -> Losses:
         """Loss of one micro-batch.

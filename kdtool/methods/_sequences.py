@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from kdtool.data.examples import Examples
-from kdtool.divergences import Divergence, Head, compare
+from kdtool.divergences import Divergence, compare, head_of
 from kdtool.errors import TrainingProblem
 from kdtool.generation import CachedModel, Generated, Interleaving, Scorer, StopStrings, Warp, generate, uniforms
 from kdtool.methods import _base
@@ -112,13 +112,6 @@ class Text:
     log_prob: Tensor | None = None
     parts: dict[str, Tensor] = field(default_factory=dict)
     units: dict[str, Tensor] = field(default_factory=dict)
-
-
-def head_of(model: Any) -> Head:
-    """What turns a model's last hidden states into its logits."""
-    layer, config = model.get_output_embeddings(), model.config
-    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
-    return Head(layer.weight, layer.bias, scale, getattr(config, "final_logit_softcapping", None))
 
 
 class SequenceMethod(_base.Method):

@@ -6,12 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from kdtool.card import write_card
 from kdtool.config import RunConfig
 from kdtool.data.examples import DataSplits, Examples
-from kdtool.errors import DataProblem, QualityProblem, TrainingProblem, UsageProblem
+from kdtool.errors import DataProblem, QualityProblem, UsageProblem
 from kdtool.models import Loaded, load
 from kdtool.pipelines import setup
 from kdtool.pipelines.finished import read_proof
@@ -30,6 +28,7 @@ from kdtool.tasks._views import PIXELS, Views
 from kdtool.teacher_cache import TeacherCache, fingerprint, is_of_another_run
 from kdtool.train import parallel
 from kdtool.train.loop import History, Trainer
+from kdtool.train.rehearsal import rehearse
 from kdtool.train.state import seed_everything
 from kdtool.verify import reload_check
 from kdtool.writing import typed
@@ -185,27 +184,6 @@ def attach_cache(trainer: Trainer, ready: Ready, config: RunConfig, run: Run, de
         return
     ready.method.caches[0] = cache
     run.reporter.info(f"teacher cache: {cache.share:.0%} of {cache.size} rows are there")
-
-
-def rehearse(trainer: Trainer) -> None:
-    """Run forward and backward once on the longest rows, so that what cannot work fails now.
-
-    Raises:
-        TrainingProblem: the loss is not finite.
-    """
-    data = trainer.plan.data
-    size = min(trainer.config.batch_size, len(data))
-    longest = range(size) if data.lengths is None else data.lengths.argsort()[-size:]
-    trainer.method.eval()
-    devices = [trainer.run.device] if trainer.run.device.startswith("cuda") else []
-    with torch.random.fork_rng(devices=devices):
-        losses = trainer.method(trainer.load(longest), 0.0)
-        losses.total.backward()
-    trainer.method.zero_grad(set_to_none=True)
-    if not torch.isfinite(losses.total):
-        raise TrainingProblem(
-            "the very first loss is not finite", hint="check the data and the models; --dtype float32"
-        )
 
 
 def train(ready: Ready, config: RunConfig, run: Run, output: Output) -> History:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kdtool.config import RunConfig
 from kdtool.data.examples import Examples
+from kdtool.divergences import Head
 from kdtool.models import Loaded
 from kdtool.run import Run
 
@@ -43,6 +44,21 @@ class Outputs:
 
     logits: Tensor
     labels: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class States:
+    """What a language model's head turns into logits, of the units that count.
+
+    Attributes:
+        hidden: [units, width]
+        head: The head.
+        labels: [units] int64 token ids.
+    """
+
+    hidden: Tensor
+    head: Head
+    labels: Tensor
 
 
 @dataclass(slots=True)
@@ -124,6 +140,14 @@ class Task:
 
     def forward(self, model: nn.Module, batch: Batch) -> Outputs:
         """Run a model on a batch."""
+        raise NotImplementedError
+
+    def has_states(self, model: nn.Module) -> bool:
+        """Whether `states` can take the place of `forward`, so that no logits need be held as a whole."""
+        return False
+
+    def states(self, model: nn.Module, batch: Batch) -> States:
+        """Run the body of a language model on a batch."""
         raise NotImplementedError
 
     def evaluate(

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 from kdtool.config import RunConfig
 from kdtool.data.examples import Examples
+from kdtool.divergences import head_of
 from kdtool.errors import DataProblem
 from kdtool.models import Loaded
 from kdtool.run import Run
-from kdtool.tasks._base import LABELS, Batch, Outputs
+from kdtool.tasks._base import LABELS, Batch, Outputs, States
+from kdtool.tasks._heads import body_of, has_plain_head
 from kdtool.tasks._language import IGNORED, LanguageTask
 from kdtool.tasks._packing import POSITIONS, examples_of, joined, keeps_apart, packable, padded_positions
 from kdtool.tasks._prompts import COUNTED, documents, encode_prompts, has_prompts
@@ -92,16 +94,18 @@ class Task(LanguageTask):
 
         All tokens but padding count in a batch without labels.
         """
-        ids = batch["input_ids"]
-        # transformers tells packed examples apart by their positions, where it is given no mask
-        key = POSITIONS if POSITIONS in batch else "attention_mask"
-        inputs = {key: batch[key]} if key in batch else {}
-        logits = model(input_ids=ids, use_cache=False, **inputs).logits[:, :-1]
-        following = _following(batch)
-        if following is None:
-            return Outputs(logits.reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1))
-        chosen = following != IGNORED
-        return Outputs(logits[chosen], following[chosen])
+        logits = model(**_inputs(batch)).logits[:, :-1]
+        return Outputs(*_counted(batch, logits))
+
+    def has_states(self, model: nn.Module) -> bool:
+        """Whether the logits are those of the output embedding, tried on a few tokens."""
+        return has_plain_head(model)
+
+    def states(self, model: nn.Module, batch: Batch) -> States:
+        """Last hidden states before the tokens that count, and these."""
+        hidden = body_of(model)(**_inputs(batch)).last_hidden_state[:, :-1]
+        chosen, labels = _counted(batch, hidden)
+        return States(chosen, head_of(model), labels)
 
     def prompt_of(self, row: Mapping[str, Any]) -> np.ndarray:
         """The tokens before the first that counts."""
@@ -118,6 +122,23 @@ class Task(LanguageTask):
         if following is None:
             return torch.full((len(ids),), ids.shape[1] - 1, device=ids.device)
         return (following != IGNORED).sum(1)
+
+
+def _inputs(batch: Batch) -> dict[str, Any]:
+    """What a model is called with."""
+    # transformers tells packed examples apart by their positions, where it is given no mask
+    key = POSITIONS if POSITIONS in batch else "attention_mask"
+    given = {key: batch[key]} if key in batch else {}
+    return {"input_ids": batch["input_ids"], "use_cache": False, **given}
+
+
+def _counted(batch: Batch, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Values [units, ...] of those [rows, n - 1, ...] that stand before a token that counts, and these tokens."""
+    following = _following(batch)
+    if following is None:
+        return values.flatten(0, 1), batch["input_ids"][:, 1:].reshape(-1)
+    chosen = following != IGNORED
+    return values[chosen], following[chosen]
 
 
 def _following(batch: Batch) -> Tensor | None:

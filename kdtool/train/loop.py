@@ -28,7 +28,7 @@ from kdtool.run import Run
 from kdtool.tasks._base import ROWS, VIEW, Batch, to_device
 from kdtool.tasks._views import Views, collated
 from kdtool.train import checkpoint, parallel, state
-from kdtool.train.optim import build_optimizer, parameter_groups
+from kdtool.train.optim import parameter_groups
 from kdtool.train.schedule import factor
 
 Found = tuple[dict[str, Tensor], dict[str, Any]]
@@ -287,7 +287,8 @@ class Trainer:
             raise TrainingProblem("nothing to train", why="all parameters are frozen", hint="see student.freeze")
         self.parameters = [p for _, p in named if p.requires_grad]
         self.method.train()
-        return build_optimizer(groups, self.config, self.run.device)
+        built: torch.optim.Optimizer = self.method.optimizer(groups, self.config, self.run.device)
+        return built
 
     def _autocast(self) -> contextlib.AbstractContextManager[None]:
         dtype = _AUTOCAST.get(self.run.dtype or "")
@@ -307,6 +308,7 @@ class Trainer:
 
     def _step(self, optimizer: torch.optim.Optimizer, step: int, first: int, last: int) -> None:
         """One optimiser step over all its micro-batches."""
+        self.method.before_step(step)
         scale = factor(step - first, last - first, self.config.warmup, self.config.schedule)
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * scale
