@@ -37,7 +37,7 @@ from kdtool.errors import ConfigProblem, OutputProblem, UsageProblem
 from kdtool.mapped import Shapes, Shards, create, is_whole, mapped
 from kdtool.models import Loaded
 from kdtool.run import Run
-from kdtool.tasks._base import LABELS, Task, view_of
+from kdtool.tasks._base import LABELS, Batch, Task, view_of
 from kdtool.tasks._views import Views, collated
 from kdtool.writing import write_text
 
@@ -239,7 +239,7 @@ class TeacherCache:
             return np.ones(self.size, dtype=np.int64)
         found = np.empty(self.size, dtype=np.int64)
         for rows in self.chunks:
-            found[rows] = self.task.units(collated(self.task, self.data, rows, "cpu")).numpy()
+            found[rows] = self.task.units(self._batch(rows, "cpu")).numpy()
         return found
 
     def _files(self, width: int, count: int) -> list[tuple[Path, int, Shapes]]:
@@ -306,15 +306,16 @@ class TeacherCache:
         """Number of a unit's logits, from a forward pass on one row."""
         return int(self._run_teacher(self.chunks[-1][:1])["logits"].shape[1])
 
+    def _batch(self, rows: Sequence[int] | np.ndarray, device: str) -> Batch:
+        if self.views is None:
+            return collated(self.task, self.data, rows, device)
+        return self.views.batch(np.asarray(rows), device)
+
     @torch.no_grad()
     def _run_teacher(self, rows: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
         """What is held of some rows, by the names of the tensors, their units in order."""
         assert self.teacher is not None
-        if self.views is None:
-            batch = collated(self.task, self.data, rows, self.run.device)
-        else:
-            batch = self.views.batch(np.asarray(rows), self.run.device)
-        batch = view_of(batch, self.index)
+        batch = view_of(self._batch(rows, self.run.device), self.index)
         with torch.autocast(self.run.device.split(":")[0], _dtype(self.run), enabled=self.run.dtype is not None):
             if self.kept is None:
                 return {"logits": self.task.forward(self.teacher.model, batch).logits.float().cpu().numpy()}

@@ -1,16 +1,15 @@
 """`distill`: teacher and data in; verified, documented student out."""
 
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from kdtool.card import write_card
 from kdtool.config import RunConfig
 from kdtool.data.examples import DataSplits, Examples
-from kdtool.errors import DataProblem, QualityProblem, TrainingProblem, UsageProblem
+from kdtool.errors import DataProblem, QualityProblem, UsageProblem
 from kdtool.models import Loaded, load
 from kdtool.pipelines import setup
 from kdtool.pipelines.caching import attach_cache, temperature_of
@@ -26,9 +25,10 @@ from kdtool.report import write_manifest, write_report
 from kdtool.run import Run
 from kdtool.saving import save_model
 from kdtool.tasks._base import TEACHER_PREFIX, Task
-from kdtool.tasks._views import PIXELS, Views
+from kdtool.tasks._views import PIXELS, ImageViews, Views
 from kdtool.train import parallel
 from kdtool.train.loop import History, Trainer
+from kdtool.train.rehearsal import rehearse
 from kdtool.train.state import seed_everything
 from kdtool.verify import reload_check
 from kdtool.writing import typed
@@ -129,39 +129,20 @@ def make_views(
         UsageProblem: the rows are no images, or an extra is missing.
     """
     if not config.augment.active or rows is None:
-        return None
+        found: Views | None = None if rows is None else task.views(rows, config.augment)
+        return found
     if task.name != "image-classification":
         raise UsageProblem(f"augment.* alters images, and {task.name} has none", hint="leave the section out")
     processors = {"": student.processor}
     other = f"{TEACHER_PREFIX}0."
     if teacher is not None and other + PIXELS in rows.columns:
         processors[other] = teacher.processor
-    return Views(task, rows, config.augment, processors, len(student.labels or []))
-
-
-def rehearse(trainer: Trainer) -> None:
-    """Run forward and backward once on the longest rows, so that what cannot work fails now.
-
-    Raises:
-        TrainingProblem: the loss is not finite.
-    """
-    data = trainer.plan.data
-    size = min(trainer.config.batch_size, len(data))
-    longest = range(size) if data.lengths is None else data.lengths.argsort()[-size:]
-    trainer.method.eval()
-    devices = [trainer.run.device] if trainer.run.device.startswith("cuda") else []
-    with torch.random.fork_rng(devices=devices):
-        losses = trainer.method(trainer.load(longest), 0.0)
-        losses.total.backward()
-    trainer.method.zero_grad(set_to_none=True)
-    if not torch.isfinite(losses.total):
-        raise TrainingProblem(
-            "the very first loss is not finite", hint="check the data and the models; --dtype float32"
-        )
+    return ImageViews(task, rows, config.augment, processors, len(student.labels or []))
 
 
 def train(ready: Ready, config: RunConfig, run: Run, output: Output) -> History:
     """Train the student of `ready`, from the last checkpoint if there is one; it holds the result then."""
+    ready.method.folder, ready.method.held_out = output.kept, ready.encoded.validation
     trainer = Trainer(
         ready.method,
         ready.encoded.train,  # type: ignore[arg-type] # get_ready refuses data without training rows
@@ -256,6 +237,8 @@ def _finish(ready: Ready, history: History, config: RunConfig, run: Run, output:
     task, staging = ready.task, output.staging
     student = ready.student
     save_model(student, staging, config.output)
+    if output.kept.is_dir():
+        shutil.copytree(output.kept, staging, dirs_exist_ok=True)
     if config.output.save_teacher and ready.teacher is not None:
         save_model(ready.teacher, staging / KEPT_TEACHER, config.output)
     probe = task.example_inputs(ready.encoded.test, min(_PROBE_ROWS, len(ready.encoded.test)))
