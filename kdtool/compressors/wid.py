@@ -206,7 +206,9 @@ def compress(loaded: Loaded, config: Config, context: Context) -> Loaded:
     settings = context.train.model_copy(
         update={"max_steps": config.steps, "lr": config.lr, "head_lr": config.weights_lr}
     )
-    trainer = Trainer(method, context.rows, settings, context.run, method.is_own_weight, context.checkpoints)
+    trainer = Trainer(
+        method, context.rows, settings, context.run, method.is_own_weight, context.checkpoints, context.views
+    )
     rehearse(trainer)
     context.run.reporter.info(
         f"wid: training {sum(p.numel() for p in method.parameters()):,} parameters for {trainer.plan.steps} steps"
