@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from kdtool.config import TrainSection
 from kdtool.data.examples import Examples
+from kdtool.divergences import Teacher as Told
 from kdtool.models import Loaded
 from kdtool.tasks._base import VIEW, Batch, Outputs, Task, view_of
 from kdtool.teacher_cache import TeacherCache
@@ -23,11 +25,13 @@ class Losses:
         total: Scalar, sum of the loss over units (examples or tokens); carries the gradient.
         count: Number of units summed; the loop divides once per optimiser step.
         parts: Detached sums of the named terms, for the log.
+        units: How many units those parts are over that are not over all; a part without any is left out of the log.
     """
 
     total: Tensor
     count: Tensor | int
     parts: Mapping[str, Tensor] = field(default_factory=dict)
+    units: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +69,8 @@ class Method(nn.Module):
     """True if the loss takes labels [units, classes], as mixup and CutMix make them."""
     cacheable: ClassVar[bool] = True
     """False if the teacher never answers rows of the data alone, so that a teacher cache would stay empty."""
+    packs: ClassVar[bool] = True
+    """False if a step needs each example of a language model in a row of its own, such as to go on from it."""
     batchwise: ClassVar[bool] = False
     """True if the loss couples the samples of a batch."""
     golden: ClassVar[str] = ""
@@ -80,6 +86,13 @@ class Method(nn.Module):
         self.caches: dict[int, TeacherCache] = {}
         for teacher in self.teacher_list:
             teacher.model.eval().requires_grad_(False)
+
+        self.steps = 1
+        """Steps of the whole training, once it has begun."""
+        self.folder: Path | None = None
+        """Where it may leave files that belong to the result; they stay there while a run is interrupted."""
+        self.held_out: Examples | None = None
+        """Encoded rows for choices during training; None where the data has none for it."""
 
     needs_rows: ClassVar[bool] = False
     """True if a step looks up `batch["cache.rows"]`, the numbers of its rows in the training data."""
@@ -125,6 +138,14 @@ class Method(nn.Module):
         if cached and index in self.caches and VIEW in batch:
             return Outputs(self.caches[index].get(batch[VIEW]), None)
         return self.task.forward(self.teacher_list[index].model, view_of(batch, index))
+
+    @torch.no_grad()
+    def tell(self, batch: Batch, index: int = 0) -> Told:
+        """What a frozen language model says of the units, in the form that takes least; see `kdtool.divergences`."""
+        if index in self.caches and VIEW in batch:
+            return self.caches[index].get(batch[VIEW])
+        there = self.task.states(self.teacher_list[index].model, view_of(batch, index))
+        return there.hidden, there.head
 
     def step(self, batch: Batch, progress: float) -> Losses:
         """Loss of one micro-batch.

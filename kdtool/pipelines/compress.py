@@ -19,6 +19,7 @@ from kdtool.models import Loaded, load, load_model
 from kdtool.pipelines import setup
 from kdtool.pipelines.distill import get_ready, make_views, train
 from kdtool.pipelines.finished import read_proof
+from kdtool.pipelines.measured import check_metrics
 from kdtool.pipelines.output import Output
 from kdtool.pipelines.probe import probe_batches
 from kdtool.pipelines.prove import compare, weight_bytes
@@ -63,7 +64,7 @@ def _start(config: RunConfig, run: Run) -> _Source:
     reference = config.teacher.model
     assert reference is not None
     task = setup.pick_task(config, reference, run)
-    setup.check_metrics(config, task)
+    check_metrics(config, task)
     for name, _ in stages(config):
         check_fit(name, task.name, COMPRESSORS)
     loaded = load_model(reference, task.auto_class, run, "model")

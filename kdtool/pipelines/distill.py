@@ -13,6 +13,7 @@ from kdtool.errors import DataProblem, QualityProblem, UsageProblem
 from kdtool.models import Loaded, load
 from kdtool.pipelines import setup
 from kdtool.pipelines.finished import read_proof
+from kdtool.pipelines.measured import check_metrics
 from kdtool.pipelines.output import KEPT_TEACHER, Output
 from kdtool.pipelines.prove import compare
 from kdtool.pipelines.push import check_push, push
@@ -59,7 +60,7 @@ def get_ready(config: RunConfig, run: Run) -> Ready:
     """
     setup.apply_benchmark(config)
     task = setup.pick_task(config, config.teacher.model or config.student.model, run)
-    setup.check_metrics(config, task)
+    check_metrics(config, task)
     facts = METHODS.info(config.method_name).facts
     check_fit(config.method_name, task.name)
     if config.output.save_teacher and not (facts.get("trains_teacher") and config.teacher.model):
@@ -85,6 +86,7 @@ def get_ready(config: RunConfig, run: Run) -> Ready:
     config.train.lr = config.train.lr or task.default_lr
     settings = METHODS.build_config(config.method_name, config.method_values)
     method = METHODS.get(config.method_name)(settings, student, [teacher] if teacher else [], task)
+    encoded.train = packed(config, task, method, encoded.train)
     views = make_views(config, task, encoded.train, student, teacher)
     if (config.augment.mixup or config.augment.cutmix) and not method.mixes:
         raise UsageProblem(
@@ -93,6 +95,30 @@ def get_ready(config: RunConfig, run: Run) -> Ready:
             hint=f"those that can: {', '.join(n for n in METHODS.names() if METHODS.info(n).facts.get('mixes'))}",
         )
     return Ready(task, data, encoded, teacher, student, method, views)
+
+
+def packed(config: RunConfig, task: Task, method: Any, rows: Examples | None) -> Examples | None:
+    """Training rows that share a line with others, where the method, the task and the models can have it so.
+
+    Raises:
+        UsageProblem: it was asked for, and one of them cannot.
+    """
+    wanted = config.data.packing
+    if rows is None or wanted is False or not (method.packs or wanted):
+        return rows
+    if not method.packs:
+        raise UsageProblem(
+            f"data.packing: method {config.method_name} needs every example in a row of its own",
+            hint="leave data.packing out",
+        )
+    made = task.packed(rows, [method.student, *(teacher.model for teacher in method.teacher_list)])
+    if made is None and wanted:
+        raise UsageProblem(
+            "data.packing: the rows cannot be packed",
+            why=f"{task.name} has none that could, or a model does not keep examples apart by their positions",
+            hint="leave data.packing out",
+        )
+    return rows if made is None else made
 
 
 def make_views(
@@ -136,6 +162,12 @@ def attach_cache(trainer: Trainer, ready: Ready, config: RunConfig, run: Run, de
         if wanted:
             run.reporter.warn(f"no teacher cache: {config.method_name} compares hidden states or texts made meanwhile")
         return
+    if not ready.task.classifies and trainer.plan.data.lengths is not None:
+        if wanted:
+            run.reporter.warn(
+                "no teacher cache: it keeps rows of equally many tokens, and prompts with responses differ"
+            )
+        return
     folder = Path(train.teacher_cache_dir).expanduser() if train.teacher_cache_dir else default
     data = trainer.plan.data
     marks = fingerprint(ready.teacher, data, run, setup.processor_key(ready.teacher.processor), config.augment)
@@ -156,6 +188,7 @@ def attach_cache(trainer: Trainer, ready: Ready, config: RunConfig, run: Run, de
 
 def train(ready: Ready, config: RunConfig, run: Run, output: Output) -> History:
     """Train the student of `ready`, from the last checkpoint if there is one; it holds the result then."""
+    ready.method.folder, ready.method.held_out = output.kept, ready.encoded.validation
     trainer = Trainer(
         ready.method,
         ready.encoded.train,  # type: ignore[arg-type] # get_ready refuses data without training rows
@@ -250,6 +283,8 @@ def _finish(ready: Ready, history: History, config: RunConfig, run: Run, output:
     task, staging = ready.task, output.staging
     student = ready.student
     save_model(student, staging, config.output)
+    if output.kept.is_dir():
+        shutil.copytree(output.kept, staging, dirs_exist_ok=True)
     if config.output.save_teacher and ready.teacher is not None:
         save_model(ready.teacher, staging / KEPT_TEACHER, config.output)
     probe = task.example_inputs(ready.encoded.test, min(_PROBE_ROWS, len(ready.encoded.test)))

@@ -15,6 +15,7 @@ from kdtool.hub import ModelRef, fetch_config
 from kdtool.models import auto_class, plain_model_errors, read_config
 from kdtool.pipelines import setup
 from kdtool.pipelines.estimate import Size, estimate, size_of, tokens_of, without_layers
+from kdtool.pipelines.measured import check_metrics
 from kdtool.pipelines.push import check_push
 from kdtool.registry import METHODS
 from kdtool.run import Run
@@ -57,7 +58,7 @@ def plan(config: RunConfig, run: Run | None = None, processes: int = 1) -> dict[
     setup.apply_benchmark(config)
     first = config.teacher.model or config.student.model
     task = setup.pick_task(config, first, run)
-    setup.check_metrics(config, task)
+    check_metrics(config, task)
     result: dict[str, Any] = {"command": config.command, "task": task.name, "device": run.device, "seed": run.seed}
     teacher: Size | None = None
     student: Size | None = None

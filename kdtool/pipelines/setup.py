@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdtool import gates
 from kdtool.benchmarks import load_benchmark
 from kdtool.config import RunConfig
 from kdtool.data.examples import DataSplits, Examples
@@ -31,7 +30,8 @@ from kdtool.models import (
 )
 from kdtool.patching import KEY, install, layers_of
 from kdtool.pipelines.architectures import task_by_optimum
-from kdtool.registry import METRICS, TASKS
+from kdtool.pipelines.measured import check_responses
+from kdtool.registry import TASKS
 from kdtool.run import Reporter, Run, Silent
 from kdtool.tasks._base import TEACHER_PREFIX, Task
 from kdtool.train import parallel
@@ -153,24 +153,6 @@ def _role(config: RunConfig, reference: str) -> str:
     return "teacher" if reference == config.teacher.model else "student"
 
 
-def check_metrics(config: RunConfig, task: Task) -> None:
-    """Refuse metrics that the task does not have, and gates on what is not measured, before any work.
-
-    Raises:
-        UsageProblem: the first of them.
-    """
-    measured = config.eval.metrics or list(task.metrics)
-    for name in measured:
-        if task.classifies:
-            METRICS.check(name.replace("_", "-"))
-        elif name not in task.metrics:
-            raise UsageProblem(f"{task.name} has no metric '{name}'", hint=f"metrics: {', '.join(task.metrics)}")
-    made_up = dict.fromkeys(measured, 1.0)
-    beside = made_up if config.teacher.model is not None else {}
-    for gate in gates.parse_gates(config.eval.fail_under):
-        gates.check(gate, made_up, beside, beside)
-
-
 def load_processor(loaded: Loaded, task: Task, run: Run, fallback: Loaded | None = None) -> None:
     """Give a model its tokenizer, image processor or feature extractor.
 
@@ -242,8 +224,10 @@ def get_data(config: RunConfig, task: Task, run: Run, score_only: bool = False) 
     """Raw data with columns named by role."""
     if config.data.source is None:
         raise UsageProblem("no data given", hint="--data FOLDER, FILE, Hub id or shipped set")
-    data = load_data(config.data, task.columns, task.optional_columns, run, score_only=score_only)
+    others = task.other_columns
+    data = load_data(config.data, task.columns, task.optional_columns, run, others=others, score_only=score_only)
     run.provenance["data"] = data.provenance
+    check_responses(config, data)
     return data
 
 
