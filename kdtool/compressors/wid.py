@@ -152,12 +152,9 @@ def _check_fit(method: Inheritance, loaded: Loaded, config: Config) -> None:
     Raises:
         ModelProblem: they differ, so some part of this architecture is not known.
     """
-    last = intervals(method.anatomy.hidden, config.hidden, method.anatomy.head_size, config.strategy)
-    kept = {group: mask.clone() for group, mask in method.keep.items()}
-    method.choose(last)
+    method.choose(method.config.schedule)
     rebuilt(loaded, shrunk(loaded, config, method.anatomy), method.inherited())
-    for group, mask in method.keep.items():
-        mask.copy_(kept[group])
+    method.keep_all()
 
 
 def _relative(found: Tensor, expected: Tensor) -> float:
@@ -170,7 +167,6 @@ def _exactness(method: Inheritance, made: nn.Module, context: Context) -> dict[s
     Raises:
         KdtoolError: the merged model is not the masked one.
     """
-    method.student.to("cpu").eval()
     method.to("cpu")
     assert context.batches
     batch = context.batches[0]
