@@ -24,8 +24,8 @@ from kdtool.verify import outputs
 
 paper = "Wu et al.: Weight-Inherited Distillation for Task-Agnostic BERT Compression, 2024, arXiv:2305.09098"
 trains = True
-tasks = frozenset({"text-classification", "image-classification"})
-needs = "an encoder: decoders can lose layers, neurons and heads by other compressors"
+tasks = frozenset({"masked-lm", "text-classification", "image-classification"})
+needs = "an encoder"
 
 _PUBLISHED_INTERVAL = 500
 _SHARE = 4
