@@ -57,6 +57,14 @@ class StudentSection(Section):
     """Start from the weights found (auto, weights) or from random ones."""
     freeze: list[str] = []
     """What stays as it is: `embeddings`, or parameter name patterns such as `*.layer.0.*`."""
+    lora_rank: int | None = Field(None, gt=0)
+    """Train low-rank additions (LoRA) of this rank to the student's layers, merged at the end; needs peft."""
+    lora_alpha: float | None = Field(None, gt=0)
+    """Their scale is lora_alpha / lora_rank (default: 2)."""
+    lora_targets: list[str] = []
+    """Names of the layers that get one, such as q_proj (default: all linear layers but the head)."""
+    lora_adapter: bool = False
+    """Keep the additions by themselves, too, in the folder `adapter` of the output."""
 
 
 class DataSection(Section):
@@ -92,6 +100,8 @@ class DataSection(Section):
     """Put prompts and responses into the tokenizer's chat template, as conversations are."""
     long_prompts: Literal["drop", "cut"] = "drop"
     """Prompts that leave no room for a response: leave the row out, or cut the prompt on the left."""
+    mask_share: float = Field(0.15, gt=0, lt=1)
+    """Share of the tokens of a text that masked-lm hides, at least one."""
     packing: bool | None = None
     """Put several rows of a causal language model side by side, apart from each other (default: where it can be)."""
     label: str | None = None

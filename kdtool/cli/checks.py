@@ -131,7 +131,7 @@ def _check_patch(config: RunConfig) -> None:
 
 def _check_benchmark(config: RunConfig) -> None:
     name = config.eval.benchmark
-    if name is not None and name not in benchmarks.names():
+    if name is not None and not name.startswith(benchmarks.HARNESS) and name not in benchmarks.names():
         raise UsageProblem(f"unknown benchmark '{name}'", hint=nearest(name, benchmarks.names()))
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kdtool import lora
 from kdtool.card import write_card
 from kdtool.config import RunConfig
 from kdtool.data.examples import DataSplits, Examples
@@ -24,7 +25,7 @@ from kdtool.report import write_manifest, write_report
 from kdtool.run import Run
 from kdtool.saving import save_model
 from kdtool.tasks._base import TEACHER_PREFIX, Task
-from kdtool.tasks._views import PIXELS, Views
+from kdtool.tasks._views import PIXELS, ImageViews, Views
 from kdtool.teacher_cache import TeacherCache, fingerprint, is_of_another_run
 from kdtool.train import parallel
 from kdtool.train.loop import History, Trainer
@@ -130,14 +131,15 @@ def make_views(
         UsageProblem: the rows are no images, or an extra is missing.
     """
     if not config.augment.active or rows is None:
-        return None
+        found: Views | None = None if rows is None else task.views(rows, config.augment)
+        return found
     if task.name != "image-classification":
         raise UsageProblem(f"augment.* alters images, and {task.name} has none", hint="leave the section out")
     processors = {"": student.processor}
     other = f"{TEACHER_PREFIX}0."
     if teacher is not None and other + PIXELS in rows.columns:
         processors[other] = teacher.processor
-    return Views(task, rows, config.augment, processors, len(student.labels or []))
+    return ImageViews(task, rows, config.augment, processors, len(student.labels or []))
 
 
 def attach_cache(trainer: Trainer, ready: Ready, config: RunConfig, run: Run, default: Path) -> None:
@@ -204,7 +206,11 @@ def train(ready: Ready, config: RunConfig, run: Run, output: Output) -> History:
         f"training {ready.student.parameters:,} parameters for {trainer.plan.steps} steps ({config.method_name})"
     )
     history = trainer.train()
-    ready.student.model = parallel.gathered(ready.method.finish())
+    student = ready.student
+    student.model = parallel.gathered(ready.method.finish())
+    if config.student.lora_adapter and run.rank == 0:
+        lora.save_adapter(student.model, student.ref, student.revision, output.kept / lora.ADAPTER)
+    lora.merge(student.model)
     return history
 
 

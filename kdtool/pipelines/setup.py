@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdtool.benchmarks import load_benchmark
+from kdtool import lora
+from kdtool.benchmarks import HARNESS, load_benchmark
 from kdtool.config import RunConfig
 from kdtool.data.examples import DataSplits, Examples
 from kdtool.data.labels import match_labels
@@ -42,6 +43,8 @@ _TASK_OF_AUTO = {
     "AutoModelForImageClassification": "image-classification",
     "AutoModelForAudioClassification": "audio-classification",
     "AutoModelForCausalLM": "causal-lm",
+    "AutoModelForSeq2SeqLM": "seq2seq-lm",
+    "AutoModelForMaskedLM": "masked-lm",
 }
 _TABULAR = frozenset({"kdtool-tabular", "TabularClassifier", "SimKDForTabularClassification"})
 
@@ -101,6 +104,11 @@ def apply_benchmark(config: RunConfig) -> None:
     """Fill in what a named benchmark says and the configuration leaves open."""
     if config.eval.benchmark is None:
         return
+    if config.eval.benchmark.startswith(HARNESS):
+        raise UsageProblem(
+            f"--benchmark {config.eval.benchmark} scores a finished model, it is no data for {config.command}",
+            hint=f"kdtool evaluate MODEL --benchmark {config.eval.benchmark}",
+        )
     benchmark = load_benchmark(config.eval.benchmark)
     for key in ("task", "source", "text", "text_pair", "label", "image", "audio", "train_split", "test_split"):
         value = getattr(benchmark, key)
@@ -124,6 +132,8 @@ def pick_task(config: RunConfig, reference: str | None, run: Run) -> Task:
         else:
             folder, _ = resolve(reference, run, _role(config, reference))
             name = _task_of(read_config(folder, reference))
+            if name == "masked-lm" and config.data.label is not None:
+                name = "text-classification"  # its body, with a new head
     if name is None:
         roles = [key for key in ("text", "image", "audio") if getattr(config.data, key)]
         guess = {"text": "text-classification", "image": "image-classification", "audio": "audio-classification"}
@@ -309,6 +319,7 @@ def load_student(config: RunConfig, task: Task, data: DataSplits, teacher: Loade
         UsageProblem, ModelProblem: it cannot be had or does not fit.
     """
     reference = config.student.model
+    lora.check(config.student)
     if reference is None:
         raise UsageProblem("no student given", hint="--student layers:N, a folder, a Hub id or a configuration file")
     path = Path(reference).expanduser()
@@ -331,6 +342,7 @@ def load_student(config: RunConfig, task: Task, data: DataSplits, teacher: Loade
         student.facts["new_weights"] = ["all"]
     if data.labels:
         name_classes(student, data.labels)
+    lora.add(student, config.student, run)
     _freeze(student, config.student.freeze)
     return student
 
