@@ -216,10 +216,19 @@ class EvalSection(Section):
     """Batch sizes at which latency is measured."""
     latency_repeats: int = Field(20, gt=0)
     """Timed forward passes for each model and batch size."""
+    lengths: list[int] = []
+    """Sequence lengths in tokens at which evaluate measures time and peak memory, too."""
     seeds: list[int] = [0, 1, 2]
     """Seeds of a comparison: every method runs once with each."""
     reload: bool = True
     """Reload the saved model in a fresh process and compare outputs."""
+
+    @field_validator("lengths")
+    @classmethod
+    def _some_tokens(cls, value: list[int]) -> list[int]:
+        if value and min(value) < 2:
+            raise ValueError("should be 2 and more")
+        return sorted(set(value))
 
 
 class RecoverSection(Section):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from kdtool.config import RunConfig
 from kdtool.errors import UsageProblem
-from kdtool.pipelines import setup
+from kdtool.pipelines import lengths, setup
 from kdtool.pipelines.prove import compare
 from kdtool.proof import Result
 from kdtool.report import write_report
@@ -43,18 +43,26 @@ def evaluate(config: RunConfig, run: Run | None = None) -> Result:
         setup.load_processor(teacher, task, run)
         setup.check_trained(teacher)
         setup.check_same_classes(model, teacher)
+    notes = lengths.check(task, [model] if teacher is None else [model, teacher], config.eval.lengths)
     encoded = setup.encode(task, data, model, teacher, config, run)
     proof = compare(task, model, teacher, encoded.test, config, run, encoded.validation)
+    real = lengths.measure(task, model, teacher, encoded.test, config, run, proof)
     extra = {
         "task": task.name,
         "data": {"source": config.data.source, "rows": len(encoded.test), **_pinned(run)},
         "main": (config.eval.metrics or list(task.metrics))[0],
     }
+    if config.eval.lengths:
+        notes += lengths.notes_on(proof, real)
+        extra["lengths"] = lengths.as_json(proof, real, notes)
+        for note in notes:
+            run.reporter.info(note)
     output = Path(config.output.folder).expanduser() if config.output.folder else None
     result = Result("evaluate", output, proof, time.perf_counter() - began, None, extra)
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
-        write_report(output, proof, [], config, config.output.plots)
+        section = lengths.section(notes) if config.eval.lengths else []
+        write_report(output, proof, [], config, config.output.plots, section)
         (output / "result.json").write_text(json.dumps(result.as_json(), indent=2) + "\n", encoding="utf-8")
     return result
 
