@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kdtool.attention._base import State
 from kdtool.attention._flash import Part, merged
-from kdtool.attention._leaves import key_features, key_order, ordered, pick, present_in, rows_for_moments, value_features
+from kdtool.attention._leaves import FEATURES, key_features, key_order, ordered, pick, present_in, rows_for_moments, value_features
 from kdtool.attention._tree import leaf_order, levels_for, rows_at
 
 _HIDDEN = float("-inf")
@@ -21,8 +21,10 @@ _SPREAD_ROWS = 1024
 """Rows from which the spread of the queries within blocks is estimated."""
 _MOST_GROWTH = 1.5
 """Bound of the variance term, which is a second-order estimate and means nothing far away."""
-_AT_ONCE = 1 << 20
+_AT_ONCE = 1 << 19
 """Logits of block means formed at a time: what fits a processor's cache, and bounds the memory."""
+_MULTIPLE = 16
+"""Products of small matrices are quicker where their width is a multiple of the processor's vectors."""
 
 
 class Layout(NamedTuple):
@@ -31,16 +33,30 @@ class Layout(NamedTuple):
     Attributes:
         query_order: [X, blocks rows] numbers of queries, each block consecutive.
         key_order: [X, leaves c] numbers of keys, each leaf consecutive.
+        y: [X, n, m] features of the keys: squared distances are variances of logits' differences within blocks.
         middle: [X, blocks, d] mean queries.
-        spread: [X, d, d] second moment of what queries differ by from their block's mean.
         share: [X, blocks] spread of a block, relative to the mean over blocks.
     """
 
     query_order: Tensor
     key_order: Tensor
+    y: Tensor
     middle: Tensor
-    spread: Tensor
     share: Tensor
+
+
+class Leaves(NamedTuple):
+    """Keys in the order of their leaves.
+
+    Attributes:
+        table: [X, leaves, c, d + dv + more] keys, values, and what else is averaged with them.
+        hidden: [X, leaves, c, 1] places that hold no key; None if all do.
+        parts: Widths of keys, values and features y; |y|^2 comes next.
+    """
+
+    table: Tensor
+    hidden: Tensor | None
+    parts: tuple[int, int, int]
 
 
 @torch.no_grad()
@@ -50,8 +66,8 @@ def lay_out(
     v: Tensor,
     valid: Tensor | None,
     real: Tensor | None,
-    block: int,
-    leaf: int,
+    scale: float,
+    sizes: tuple[int, int, int],
     state: State | None,
 ) -> Layout:
     """Sort queries by how differently keys act on them, and keys by how differently they act within the blocks.
@@ -62,8 +78,8 @@ def lay_out(
         v: [X, n, dv]
         valid: [X, n] keys that count; None for all.
         real: [X, R] queries that count; None for all.
-        block: Largest number of queries in a block.
-        leaf: Largest number of keys in a leaf.
+        scale: Factor of the logits.
+        sizes: Largest block and largest leaf first.
         state: Fixed directions, by name; made from the inputs where they are not given.
     """
     sets, total, width = rows.shape
@@ -72,7 +88,7 @@ def lay_out(
         keys = rows_for_moments(k, valid)
         # what all keys share moves all logits of a query alike, which softmax does not see
         fixed["query_features"] = key_features(rows, real, keys - keys.mean(1, keepdim=True))
-    levels, size = levels_for(total, block)
+    levels, size = levels_for(total, sizes[0])
     query_order = leaf_order(rows.float() @ fixed["query_features"], real, levels, size)
     counts = present_in(query_order, total, real)
     members = ordered(rows, query_order).float().reshape(sets, -1, size, width)
@@ -87,12 +103,12 @@ def lay_out(
     share = moved / moved.mean(1, keepdim=True).clamp_min(1e-30)
     some = pick(away.flatten(1, 2), counts, _SPREAD_ROWS)
     if "features" not in fixed:
-        fixed["features"] = key_features(k, valid, some)
+        fixed["features"] = key_features(k, valid, some, FEATURES)
     if "value_features" not in fixed:
         fixed["value_features"] = value_features(v, valid)
-    levels, size = levels_for(k.shape[1], leaf)
-    own = key_order(k, v, valid, fixed["features"], fixed["value_features"], levels, size)
-    return Layout(query_order, own, middle, some.mT @ some / some.shape[1], share)
+    levels, size = levels_for(k.shape[1], sizes[1])
+    y, z = k.float() @ (fixed["features"] * scale), v.float() @ fixed["value_features"]
+    return Layout(query_order, key_order(y, z, valid, levels, size), y, middle, share)
 
 
 def attend_in_blocks(
@@ -120,88 +136,86 @@ def attend_in_blocks(
     Returns:
         out [X, R, dv] and lse [X, R].
     """
-    block, leaf, near = sizes
     sets, n, width = k.shape
-    made = lay_out(rows, k, v, valid, real, block, leaf, state)
+    near = sizes[2]
+    made = lay_out(rows, k, v, valid, real, scale, sizes, state)
     blocks = made.middle.shape[1]
-    present = present_in(made.key_order, n, valid)
-    kind = torch.float64 if rows.dtype == torch.float64 else torch.float32
     q = ordered(rows, made.query_order).reshape(sets, blocks, -1, width)
-    size = levels_for(n, leaf)[1]
-    keys = ordered(k, made.key_order).to(kind).reshape(sets, -1, size, width)
-    values = ordered(v, made.key_order).to(kind).reshape(sets, -1, size, v.shape[-1])
-    hidden = None if present is None else ~present.reshape(sets, -1, size, 1)
-    leaves = Leaves(keys, values, hidden, made.spread.to(kind) * scale**2)
+    kind = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    leaves = _leaves(k.to(kind), v.to(kind), valid, made, levels_for(n, sizes[1])[1])
+    middle = made.middle.to(kind)
     outs, sums = [], []
     step = max(1, _AT_ONCE // (sets * made.key_order.shape[1]))
     for first in range(0, blocks, step):
         some = slice(first, min(first + step, blocks))
-        far_k, far_v, bias, mass = centres(leaves, made.middle[:, some].to(kind), made.share[:, some], scale)
-        chosen = mass.topk(min(near, mass.shape[2]), dim=-1, sorted=False).indices
-        far = Part(far_k.to(q.dtype), far_v.to(q.dtype), bias.unsqueeze(2))
-        out, lse = near_and_far(q[:, some], leaves, far, chosen, scale)
+        centre, bias, mass = centres(leaves, middle[:, some], made.share[:, some], scale)
+        chosen = mass.mT.topk(min(near, mass.shape[1]), dim=-1, sorted=False).indices
+        out, lse = near_and_far(q[:, some], leaves, centre.to(q.dtype), bias, chosen, scale)
         outs.append(out)
         sums.append(lse)
     return in_place(torch.cat(outs, 1), torch.cat(sums, 1), made.query_order, rows.shape[1])
 
 
-class Leaves(NamedTuple):
-    """Keys in the order of their leaves.
-
-    Attributes:
-        k: [X, leaves, c, d]
-        v: [X, leaves, c, dv]
-        hidden: [X, leaves, c, 1] places that hold no key; None if all do.
-        spread: [X, d, d] second moment of the scaled queries within blocks.
-    """
-
-    k: Tensor
-    v: Tensor
-    hidden: Tensor | None
-    spread: Tensor
+def _leaves(k: Tensor, v: Tensor, valid: Tensor | None, made: Layout, size: int) -> Leaves:
+    """Keys, values, features y and |y|^2 side by side, in the order of the leaves, filled up with zeros."""
+    sets, n, _ = k.shape
+    y = made.y.to(k.dtype)
+    parts = [k, v, y, y.square().sum(-1, keepdim=True)]
+    fill = -sum(part.shape[-1] for part in parts) % _MULTIPLE
+    table = torch.cat([*parts, k.new_zeros((sets, n, fill))], -1)
+    present = present_in(made.key_order, n, valid)
+    hidden = None if present is None else ~present.reshape(sets, -1, size, 1)
+    widths = (k.shape[-1], v.shape[-1], y.shape[-1])
+    return Leaves(ordered(table, made.key_order).reshape(sets, -1, size, table.shape[-1]), hidden, widths)
 
 
-def centres(leaves: Leaves, middle: Tensor, share: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def centres(
+    leaves: Leaves, middle: Tensor, share: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Centroids of all leaves for blocks with these mean queries; weights and biases are constant in the gradient.
 
     Args:
-        leaves: The keys.
+        leaves: The keys, with features y and |y|^2.
         middle: [X, b, d] mean queries.
         share: [X, b] relative spread of the blocks.
         scale: Factor of the logits.
 
     Returns:
-        k_c [X, b, leaves, d], v_c [X, b, leaves, dv], bias [X, b, leaves] and the logs of the leaves' shares of the
-        denominator at the mean queries, up to what all leaves of a block have in common [X, b, leaves].
+        centroids k_c, v_c and more [X, b, leaves, .], bias [X, b, leaves], and the logs of the leaves' shares of the
+        denominator at the mean queries, up to what all leaves of a block have in common [X, leaves, b].
     """
+    sets, count, size, _ = leaves.table.shape
+    width, wide, features = leaves.parts
+    middle = middle * scale
     with torch.no_grad():
-        k = leaves.k.detach()
-        logits = k @ (middle * scale).mT.unsqueeze(1)  # [X, leaves, c, b]
+        keys = leaves.table[..., :width].detach().reshape(sets, count * size, width)
+        logits = (keys @ middle.mT).reshape(sets, count, size, -1)
         if leaves.hidden is not None:
-            logits = logits.masked_fill(leaves.hidden, _HIDDEN)
+            logits.masked_fill_(leaves.hidden, _HIDDEN)
         top = logits.amax(2, keepdim=True)
-        weight = torch.exp(logits - (top if leaves.hidden is None else top.masked_fill(top == _HIDDEN, 0.0)))
+        weight = logits.sub_(top if leaves.hidden is None else top.masked_fill(top == _HIDDEN, 0.0)).exp_()
         total = weight.sum(2, keepdim=True)
-        weight = weight / (total if leaves.hidden is None else total.clamp_min(1e-30))
-        mass = (top + torch.log(total)).squeeze(2)  # [X, leaves, b]
-        moved = k @ leaves.spread.unsqueeze(1)
-        second = weight.mT @ (moved * k).sum(-1, keepdim=True)  # [X, leaves, b, 1]
-    far_k, far_v = weight.mT @ leaves.k, weight.mT @ leaves.v  # [X, leaves, b, .]
+        weight.div_(total if leaves.hidden is None else total.clamp_min(1e-30))
+        mass = (top + torch.log(total)).squeeze(2)
+    found = weight.mT @ leaves.table
     with torch.no_grad():
-        centre = far_k.detach()
-        grown = second.squeeze(-1) - ((centre @ leaves.spread.unsqueeze(1)) * centre).sum(-1)
-        grown = (0.5 * grown * share.unsqueeze(1)).clamp(0.0, _MOST_GROWTH)
-        bias = mass - scale * (centre * middle.unsqueeze(1)).sum(-1) + grown
-    return far_k.transpose(1, 2), far_v.transpose(1, 2), bias.mT, mass.mT
+        y = found[..., width + wide : width + wide + features]
+        second = found[..., width + wide + features]
+        grown = (second - y.square().sum(-1)).mul_(0.5 * share.unsqueeze(1)).clamp_(0.0, _MOST_GROWTH)
+        bias = mass - (found[..., :width] * middle.unsqueeze(1)).sum(-1) + grown
+    return found.transpose(1, 2), bias.mT.contiguous(), mass
 
 
-def near_and_far(q: Tensor, leaves: Leaves, far: Part, chosen: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def near_and_far(
+    q: Tensor, leaves: Leaves, centre: Tensor, bias: Tensor, chosen: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
     """Exact attention of each block to the keys of its chosen leaves, merged with the centroids of the others.
 
     Args:
         q: [X, b, rows, d]
         leaves: The keys.
-        far: Centroids [X, b, leaves, .] with their bias [X, b, 1, leaves].
+        centre: [X, b, leaves, d + dv or more] centroids of keys and values.
+        bias: [X, b, leaves]
         chosen: [X, b, near] numbers of leaves.
         scale: Factor of the logits.
 
@@ -209,21 +223,20 @@ def near_and_far(q: Tensor, leaves: Leaves, far: Part, chosen: Tensor, scale: fl
         out [X, b, rows, dv] and lse [X, b, rows].
     """
     sets, blocks, near = chosen.shape
-    if near == 0:
-        return merged(q, [far], scale)
-    size = leaves.k.shape[2]
-    assert far.bias is not None
-    bias = far.bias.squeeze(2).scatter(2, chosen, _HIDDEN).unsqueeze(2)
-    flat = chosen.reshape(sets, -1)
-    near_k, near_v = (
-        rows_at(x.flatten(2), flat).reshape(sets, blocks, near * size, x.shape[-1]).to(q.dtype)
-        for x in (leaves.k, leaves.v)
-    )
-    hidden = None
-    if leaves.hidden is not None:
-        gone = rows_at(leaves.hidden.flatten(2), flat).reshape(sets, blocks, 1, near * size)
-        hidden = torch.zeros(gone.shape, device=q.device).masked_fill_(gone, _HIDDEN)
-    return merged(q, [Part(near_k, near_v, hidden), Part(far.k, far.v, bias)], scale)
+    width, wide, _ = leaves.parts
+    values = slice(width, width + wide)
+    if near:
+        bias = bias.scatter(2, chosen, _HIDDEN)
+    parts = [Part(centre[..., :width], centre[..., values], bias.unsqueeze(2))]
+    if near:
+        flat = chosen.reshape(sets, -1)
+        keys = rows_at(leaves.table.flatten(2), flat).reshape(sets, blocks, -1, leaves.table.shape[-1]).to(q.dtype)
+        hidden = None
+        if leaves.hidden is not None:
+            gone = rows_at(leaves.hidden.flatten(2), flat).reshape(sets, blocks, 1, -1)
+            hidden = torch.zeros(gone.shape, device=q.device).masked_fill_(gone, _HIDDEN)
+        parts.append(Part(keys[..., :width], keys[..., values], hidden))
+    return merged(q, parts, scale)
 
 
 def in_place(out: Tensor, lse: Tensor, order: Tensor, total: int) -> tuple[Tensor, Tensor]:

@@ -11,11 +11,15 @@ from torch import Tensor
 from kdtool.attention._tree import leaf_order, levels_for, rows_at
 
 _HIDDEN = float("-inf")
-_FEATURES = 8
-"""Directions in which distances are measured, of keys, of values and of queries each."""
+FEATURES = 15
+"""Directions in which the spread of keys within leaves is measured."""
+_QUERY_FEATURES = 8
+_KEY_FEATURES = 6
+_VALUE_FEATURES = 10
+"""Directions in which trees measure distances."""
 _MOMENT_ROWS = 512
 """Rows from which second moments are estimated."""
-_VALUE_SHARE = 2.0
+_VALUE_SHARE = 3.0
 """Spread of the values beside that of the keys in the metric of the tree; a leaf loses what differs in both."""
 _FLOOR = 1e-30
 """Probability below which a pilot says nothing of a leaf."""
@@ -43,7 +47,7 @@ def pick(rows: Tensor, valid: Tensor | None, count: int) -> Tensor:
     count = min(count, total)
     place = (torch.arange(count, device=rows.device) * 2 + 1) * total // (2 * count)
     if valid is None:
-        return rows[:, place]
+        return rows.index_select(1, place)
     position = torch.arange(total, device=rows.device)
     first = torch.sort((~valid).long() * total + position, dim=1).values % total  # the valid ones in front
     many = valid.sum(1, keepdim=True).clamp_min(1)
@@ -57,7 +61,7 @@ def rows_for_moments(rows: Tensor, valid: Tensor | None) -> Tensor:
 
 
 @torch.no_grad()
-def key_features(k: Tensor, valid: Tensor | None, queries: Tensor, count: int = _FEATURES) -> Tensor:
+def key_features(k: Tensor, valid: Tensor | None, queries: Tensor, count: int = _QUERY_FEATURES) -> Tensor:
     """Directions of the key space in which keys act differently on these queries.
 
     With M = L L^T the second moment of the queries, |L^T (k - k')|^2 is the mean squared difference of
@@ -81,7 +85,7 @@ def key_features(k: Tensor, valid: Tensor | None, queries: Tensor, count: int = 
 
 
 @torch.no_grad()
-def value_features(v: Tensor, valid: Tensor | None, count: int = _FEATURES) -> Tensor:
+def value_features(v: Tensor, valid: Tensor | None, count: int = _VALUE_FEATURES) -> Tensor:
     """Directions of the largest variances of values [X, n, dv], [X, dv, min(count, dv)]."""
     return _main(rows_for_moments(v, valid).float(), count)
 
@@ -94,19 +98,15 @@ def _main(x: Tensor, count: int) -> Tensor:
 
 
 @torch.no_grad()
-def key_order(
-    k: Tensor, v: Tensor, valid: Tensor | None, along_k: Tensor, along_v: Tensor, levels: int, size: int
-) -> Tensor:
+def key_order(y: Tensor, z: Tensor, valid: Tensor | None, levels: int, size: int) -> Tensor:
     """Order of the keys in which leaves are consecutive; keys of a leaf act alike and have like values.
 
     What a centroid loses of its leaf is the part in which logits and values differ together.
 
     Args:
-        k: [X, n, d]
-        v: [X, n, dv]
+        y: [X, n, m] features of the keys, the main ones last.
+        z: [X, n, m] features of their values.
         valid: [X, n] keys that count; None for all.
-        along_k: [X, d, m] directions.
-        along_v: [X, dv, m] directions.
         levels: Splits.
         size: Keys of a leaf.
 
@@ -114,8 +114,7 @@ def key_order(
         [X, 2^levels size] int64, as of `leaf_order`.
     """
     parts = []
-    for x, along, share in ((k, along_k, 1.0), (v, along_v, _VALUE_SHARE)):
-        seen = x.float() @ along
+    for seen, share in ((y[..., -_KEY_FEATURES:], 1.0), (z, _VALUE_SHARE)):
         some = rows_for_moments(seen, valid)
         spread = (some - some.mean(1, keepdim=True)).square().sum(-1).mean(-1).sqrt()
         parts.append(seen * (share / spread.clamp_min(_FLOOR))[:, None, None])
@@ -141,7 +140,9 @@ def summarise(
     """
     n = k.shape[1]
     levels, size = levels_for(n, leaf)
-    order = key_order(k, v, valid, key_features(k, valid, queries), value_features(v, valid), levels, size)
+    with torch.no_grad():
+        y, z = k.float() @ key_features(k, valid, queries), v.float() @ value_features(v, valid)
+    order = key_order(y, z, valid, levels, size)
     present = present_in(order, n, valid)
     own_k, own_v = ordered(k, order), ordered(v, order)
     with torch.no_grad():

@@ -153,14 +153,14 @@ def near_far_attention(
     blocks, size = sel.shape[2], k.shape[2] // bias.shape[-1]
     keys, values = k.flatten(0, 1), v.flatten(0, 1)
     order, query_order = perm.flatten(0, 1), query_order.flatten(0, 1)
-    centre_k, centre_v = (
-        x.unsqueeze(1).expand(-1, blocks, -1, -1) for x in summaries(keys, values, order, w.flatten(0, 1), size)
-    )
-    far = Part(centre_k, centre_v, bias.flatten(0, 1)[:, None, None].expand(-1, blocks, -1, -1))
-    sorted_k, sorted_v = (ordered(x, order).unflatten(1, (-1, size)) for x in (keys, values))
-    leaves = Leaves(sorted_k, sorted_v, None, keys.new_zeros(()))
+    centre = torch.cat(summaries(keys, values, order, w.flatten(0, 1), size), -1)
+    centre = centre.unsqueeze(1).expand(-1, blocks, -1, -1)
+    far_bias = bias.flatten(0, 1).unsqueeze(1).expand(-1, blocks, -1)
+    table = ordered(torch.cat([keys, values], -1), order)
+    leaves = Leaves(table.reshape(batch * heads, -1, size, table.shape[-1]), None, (width, v.shape[-1], 0))
     rows = ordered(q.flatten(0, 1), query_order).reshape(batch * heads, blocks, -1, width)
-    out, lse = in_place(*near_and_far(rows, leaves, far, sel.flatten(0, 1), scale), query_order, nq)
+    found = near_and_far(rows, leaves, centre, far_bias, sel.flatten(0, 1), scale)
+    out, lse = in_place(*found, query_order, nq)
     return out.reshape(batch, heads, nq, -1), lse.reshape(batch, heads, nq)
 
 
