@@ -186,6 +186,8 @@ class PatchSection(Section):
     """Numbers of keys at which error and time are measured."""
     max_drop: list[str] = []
     """How much worse metrics may become, such as accuracy=0.005."""
+    fixed: bool = False
+    """Fix what an operator would work out from each input, as an export to ONNX needs it."""
     module_pattern: str | None = None
     """Names of modules with a fused projection `qkv` to take in, such as blocks.*.attn."""
 

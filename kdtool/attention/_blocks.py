@@ -13,7 +13,16 @@ from torch import Tensor
 
 from kdtool.attention._base import State
 from kdtool.attention._flash import Part, merged
-from kdtool.attention._leaves import FEATURES, key_features, key_order, ordered, pick, present_in, rows_for_moments, value_features
+from kdtool.attention._leaves import (
+    FEATURES,
+    key_features,
+    key_order,
+    ordered,
+    pick,
+    present_in,
+    rows_for_moments,
+    value_features,
+)
 from kdtool.attention._tree import leaf_order, levels_for, rows_at
 
 _HIDDEN = float("-inf")
@@ -145,7 +154,8 @@ def attend_in_blocks(
     leaves = _leaves(k.to(kind), v.to(kind), valid, made, levels_for(n, sizes[1])[1])
     middle = made.middle.to(kind)
     outs, sums = [], []
-    step = max(1, _AT_ONCE // (sets * made.key_order.shape[1]))
+    # a graph takes any number of sequences, so all blocks go at once
+    step = blocks if torch.compiler.is_exporting() else max(1, _AT_ONCE // (sets * made.key_order.shape[1]))
     for first in range(0, blocks, step):
         some = slice(first, min(first + step, blocks))
         centre, bias, mass = centres(leaves, middle[:, some], made.share[:, some], scale)
@@ -169,9 +179,7 @@ def _leaves(k: Tensor, v: Tensor, valid: Tensor | None, made: Layout, size: int)
     return Leaves(ordered(table, made.key_order).reshape(sets, -1, size, table.shape[-1]), hidden, widths)
 
 
-def centres(
-    leaves: Leaves, middle: Tensor, share: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def centres(leaves: Leaves, middle: Tensor, share: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """Centroids of all leaves for blocks with these mean queries; weights and biases are constant in the gradient.
 
     Args:

@@ -53,7 +53,7 @@ def leaf_order(y: Tensor, valid: Tensor | None, levels: int, size: int) -> Tenso
     plain = total == n and valid is None
     order = torch.arange(total, device=y.device).expand(sets, total)
     for level in range(levels):
-        nodes, count = sets << level, total >> level
+        nodes, count = sets * (1 << level), total >> level
         points = y.reshape(nodes, count, -1)
         absent = None if plain else hidden.reshape(nodes, count)
         split = _halves(_along(points, absent), count // 2)
