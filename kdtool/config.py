@@ -180,8 +180,8 @@ class PatchSection(Section):
     """Numbers of the attention layers to patch, such as 0-3,7 (default: all)."""
     calibrate: str | None = None
     """Data to choose the settings on (default: the training rows of the data)."""
-    max_error: float = Field(0.1, gt=0)
-    """Largest relative error of a head of a layer; a layer that would miss it stays exact."""
+    max_error: float = Field(0.1, ge=0)
+    """Largest relative error of a head of a layer; a layer that would miss it stays exact. With 0 all do."""
     lengths: list[int] = Field([512, 2048], min_length=1)
     """Numbers of keys at which error and time are measured."""
     max_drop: list[str] = []

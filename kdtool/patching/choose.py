@@ -153,6 +153,9 @@ def choose(number: int, name: str, seen: Captured, wish: Wish) -> Choice:
         reason = f"the causal form of {wish.method} works out its directions chunk by chunk, so they cannot be fixed"
         choice.layer = Layer(name, "exact", reason=reason)
         return choice
+    if wish.max_error == 0:
+        choice.layer = Layer(name, "exact", reason="no error is allowed")
+        return choice
     q, k, v, call = seen.at(longest)
     rows = _pilots(longest, wish.seed, q.device)
     truth = exact.attend(q, k, v, call)[0][:, :, rows]
