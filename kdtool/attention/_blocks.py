@@ -43,6 +43,7 @@ class Layout(NamedTuple):
         query_order: [X, blocks rows] numbers of queries, each block consecutive.
         key_order: [X, leaves c] numbers of keys, each leaf consecutive.
         y: [X, n, m] features of the keys: squared distances are variances of logits' differences within blocks.
+        along: [X, d, m] directions in which distances between queries are measured.
         middle: [X, blocks, d] mean queries.
         share: [X, blocks] spread of a block, relative to the mean over blocks.
     """
@@ -50,6 +51,7 @@ class Layout(NamedTuple):
     query_order: Tensor
     key_order: Tensor
     y: Tensor
+    along: Tensor
     middle: Tensor
     share: Tensor
 
@@ -117,7 +119,8 @@ def lay_out(
         fixed["value_features"] = value_features(v, valid)
     levels, size = levels_for(k.shape[1], sizes[1])
     y, z = k.float() @ (fixed["features"] * scale), v.float() @ fixed["value_features"]
-    return Layout(query_order, key_order(y, z, valid, levels, size), y, middle, share)
+    own = key_order(y, z, valid, levels, size)
+    return Layout(query_order, own, y, fixed["query_features"], middle, share)
 
 
 def attend_in_blocks(
@@ -151,7 +154,7 @@ def attend_in_blocks(
     blocks = made.middle.shape[1]
     q = ordered(rows, made.query_order).reshape(sets, blocks, -1, width)
     kind = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    leaves = _leaves(k.to(kind), v.to(kind), valid, made, levels_for(n, sizes[1])[1])
+    leaves = make_leaves(k.to(kind), v.to(kind), valid, made, levels_for(n, sizes[1])[1])
     middle = made.middle.to(kind)
     outs, sums = [], []
     # a graph takes any number of sequences, so all blocks go at once
@@ -166,7 +169,12 @@ def attend_in_blocks(
     return in_place(torch.cat(outs, 1), torch.cat(sums, 1), made.query_order, rows.shape[1])
 
 
-def _leaves(k: Tensor, v: Tensor, valid: Tensor | None, made: Layout, size: int) -> Leaves:
+def most_growth(grown: Tensor) -> Tensor:
+    """Half a variance of logits, held within the bounds in which it says how the mean of their exponentials grows."""
+    return grown.clamp_(0.0, _MOST_GROWTH)
+
+
+def make_leaves(k: Tensor, v: Tensor, valid: Tensor | None, made: Layout, size: int) -> Leaves:
     """Keys, values, features y and |y|^2 side by side, in the order of the leaves, filled up with zeros."""
     sets, n, _ = k.shape
     y = made.y.to(k.dtype)
@@ -209,7 +217,7 @@ def centres(leaves: Leaves, middle: Tensor, share: Tensor, scale: float) -> tupl
     with torch.no_grad():
         y = found[..., width + wide : width + wide + features]
         second = found[..., width + wide + features]
-        grown = (second - y.square().sum(-1)).mul_(0.5 * share.unsqueeze(1)).clamp_(0.0, _MOST_GROWTH)
+        grown = most_growth((second - y.square().sum(-1)).mul_(0.5 * share.unsqueeze(1)))
         bias = mass - (found[..., :width] * middle.unsqueeze(1)).sum(-1) + grown
     return found.transpose(1, 2), bias.mT.contiguous(), mass
 

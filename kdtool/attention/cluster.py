@@ -16,10 +16,11 @@ from pydantic import Field
 from torch import Tensor
 
 from kdtool.attention import exact
-from kdtool.attention._base import Call, State, counted, repeat_heads
+from kdtool.attention._base import Call, State, counted
 from kdtool.attention._blocks import Leaves, attend_in_blocks, in_place, near_and_far
+from kdtool.attention._causal import attend_in_chunks
 from kdtool.attention._flash import Part, merged
-from kdtool.attention._leaves import centroids, ordered, pick, rows_for_moments, summarise
+from kdtool.attention._leaves import centroids, ordered
 
 paper: str = "after Zandieh et al., KDEformer, ICML 2023, arXiv 2302.02451; own formulation"
 causal: bool = True
@@ -35,7 +36,7 @@ class Config:
     """Leaves whose keys a block of queries attends to exactly; 0 for centroids only. Not used when causal."""
     block: Annotated[int, Field(ge=1)] = 64
     """Largest number of queries that share their centroids and near leaves. Not used when causal."""
-    pilots: Annotated[int, Field(ge=1)] = 64
+    pilots: Annotated[int, Field(ge=1)] = 32
     """Queries of a causal chunk whose exact softmax rows weight its keys."""
     chunk: Annotated[int, Field(ge=16)] = 1024
     """Length of the exact causal chunks."""
@@ -66,7 +67,7 @@ def attend(
     if call.causal:
         if not plain or nq != n or n <= config.chunk:
             return exact.attend(q, k, v, call)
-        return _causal(q, k, v, call, config)
+        return attend_in_chunks(q, k, v, call, config.chunk, config.pilots, config.leaf)
     if not plain:
         return exact.attend(q, k, v, call)
     batch, heads, kv = q.shape[0], q.shape[1], k.shape[1]
@@ -162,46 +163,3 @@ def near_far_attention(
     found = near_and_far(rows, leaves, centre, far_bias, sel.flatten(0, 1), scale)
     out, lse = in_place(*found, query_order, nq)
     return out.reshape(batch, heads, nq, -1), lse.reshape(batch, heads, nq)
-
-
-def _causal(q: Tensor, k: Tensor, v: Tensor, call: Call, config: Config) -> tuple[Tensor, Tensor]:
-    """Exact within chunks, centroids of earlier chunks beyond.
-
-    Metric and pilots of a chunk's leaves are its own queries, which come before every query that reads them.
-    """
-    batch, heads, n, width = q.shape
-    kv, size = k.shape[1], config.chunk
-    whole = (n - 1) // size  # chunks that a later one reads
-    groups = heads // kv
-    past = slice(0, whole * size)
-    keys = k[:, :, past].reshape(batch * kv * whole, size, width)
-    values = v[:, :, past].reshape(batch * kv * whole, size, -1)
-    rows = q[:, :, past].reshape(batch, kv, groups, whole, size, width).transpose(2, 3).reshape(len(keys), -1, width)
-    valid = real = None
-    if call.key_mask is not None:
-        valid = call.key_mask[:, None, past].expand(-1, kv, -1).reshape(len(keys), size)
-        real = valid.repeat(1, groups)
-    found = summarise(
-        keys, values, valid, rows_for_moments(rows, real), pick(rows, real, config.pilots), call.scale, config.leaf
-    )
-    leaves = found.k.shape[1]
-    far_k = repeat_heads(found.k.reshape(batch, kv, whole * leaves, width), heads)
-    far_v = repeat_heads(found.v.reshape(batch, kv, whole * leaves, -1), heads)
-    far_bias = repeat_heads(found.bias.reshape(batch, kv, whole * leaves, 1), heads).mT
-    k, v = repeat_heads(k, heads), repeat_heads(v, heads)
-    outs, sums = [], []
-    for chunk in range(whole + 1):
-        own = slice(chunk * size, min((chunk + 1) * size, n))
-        mask = (
-            None
-            if call.key_mask is None
-            else exact.hidden_bias(Call(call.scale, call.key_mask[:, own]), 1, size, q.device)
-        )
-        parts = [Part(k[:, :, own], v[:, :, own], mask, True)]
-        if chunk:
-            seen = slice(0, chunk * leaves)
-            parts.append(Part(far_k[:, :, seen], far_v[:, :, seen], far_bias[..., seen]))
-        out, lse = merged(q[:, :, own], parts, call.scale)
-        outs.append(out)
-        sums.append(lse)
-    return torch.cat(outs, 2), torch.cat(sums, 2)
