@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from kdtool.attention import exact
-from kdtool.attention._base import Call, counted, generator
+from kdtool.attention._base import Call, counted, generator, short
 from kdtool.attention._halving import halved
 from kdtool.attention._lsh import Draw, blocks_and_samples, codes, gray_rank, last, order_of
 
@@ -17,7 +17,7 @@ def hashed(
 ) -> tuple[Tensor, Tensor]:
     """Attention to blocks that hash alike and to samples; query heads that share a key head are rows of one set.
 
-    Exact below `min_length` keys, in one block, with windows and biases, and causal with other queries than keys.
+    Exact where it is short, in one block, with windows and biases, and causal with other queries than keys.
 
     Args:
         q: [B, Hq, nq, d]
@@ -36,7 +36,7 @@ def hashed(
     kv, n = k.shape[1:3]
     general = call.window is not None or call.bias is not None or (call.causal and nq != n)
     chunk = _CHUNK_BUCKETS * bucket
-    if general or n < min_length or n <= (chunk if call.causal else bucket):
+    if general or short(call, heads // kv, nq, n, min_length) or n <= (chunk if call.causal else bucket):
         return exact.attend(q, k, v, call)
     if call.causal:
         return halved(q, k, v, call, bucket, projections, chunk, draw)

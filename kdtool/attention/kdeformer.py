@@ -38,7 +38,7 @@ class Config:
     projections: Annotated[int, Field(ge=1, le=30)] = 7
     """r, hyperplanes of the hash."""
     min_length: Annotated[int, Field(ge=0)] = 4096
-    """Fewer keys than this are attended to exactly."""
+    """Fewer keys than this, twice as many when causal, are attended to exactly; with few queries more."""
 
 
 def probabilities(v: Tensor, valid: Tensor | None = None) -> Tensor:
