@@ -55,7 +55,9 @@ def _check_distill(config: RunConfig) -> None:
         raise UsageProblem("no method given", hint="add --method NAME; see: kdtool methods ls")
     facts = METHODS.info(name).facts
     fewest, most = facts.get("teachers", (1, 1))
-    if config.teacher.model is None and fewest > 0:
+    if config.teacher.cache is not None and (config.teacher.model is not None or config.command == "compare"):
+        raise UsageProblem("a cache stands for the only teacher of a run", hint="kdtool distill cache:FOLDER ...")
+    if config.teacher.model is None and config.teacher.cache is None and fewest > 0:
         raise UsageProblem("no teacher given", hint="kdtool distill TEACHER --student MODEL ...")
     if config.teacher.model is not None and most == 0 and config.command == "distill":
         raise UsageProblem(

@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from kdtool.data.examples import Examples
-from kdtool.divergences import Divergence, Head, compare, head_of
+from kdtool.divergences import Divergence, Head, Teacher, TopK, compare, head_of
 from kdtool.errors import TrainingProblem
 from kdtool.generation import CachedModel, Generated, Interleaving, Scorer, StopStrings, Warp, generate, uniforms
 from kdtool.methods import _base
 from kdtool.methods._kept import Kept
 from kdtool.models import Loaded
-from kdtool.tasks._base import LABELS, ROWS, Batch, Task
+from kdtool.tasks._base import LABELS, ROWS, VIEW, Batch, Task
 from kdtool.tasks._heads import body_of
 from kdtool.tasks._language import IGNORED
 from kdtool.tasks._packing import POSITIONS
@@ -278,20 +278,30 @@ class SequenceMethod(_base.Method):
         cfg = self.config
         return Divergence(cfg.divergence, cfg.beta, cfg.skew, cfg.temperature)
 
-    def learn(self, text: Text, weight: float = 1.0, ce_weight: float = 0.0) -> _base.Losses:
+    def stored(self, batch: Batch, text: Text) -> TopK | None:
+        """What a cache of likely tokens says of the places that count in a text of the data; None without one."""
+        if 0 not in self.caches or VIEW not in batch:
+            return None
+        told = self.caches[0].get(batch[VIEW])
+        assert isinstance(told, TopK)
+        counts = text.counts[:, 1:]
+        return told[counts[batch[LABELS][:, 1:] != IGNORED] if LABELS in batch else counts.flatten()]
+
+    def learn(self, text: Text, weight: float = 1.0, ce_weight: float = 0.0, told: TopK | None = None) -> _base.Losses:
         """Divergence and cross-entropy on the tokens of a text that count.
 
         Args:
             text: The texts.
             weight: Of the divergence.
             ce_weight: Of the cross-entropy with the text.
+            told: What is known of the teacher, which is then not asked.
         """
         chosen = text.counts[:, 1:]
         hidden = self.hidden(self.student, text.ids, text.positions)[:, :-1][chosen]
         labels = text.ids[:, 1:][chosen]
         parts, units = dict(text.parts), dict(text.units)
-        teacher = None
-        if weight:
+        teacher: Teacher | None = told
+        if weight and told is None:
             teacher = self.heard(text, chosen)
             if text.written and "teacher log-likelihood" not in parts:
                 with torch.no_grad():

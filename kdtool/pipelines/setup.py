@@ -35,6 +35,7 @@ from kdtool.pipelines.measured import check_responses
 from kdtool.registry import TASKS
 from kdtool.run import Reporter, Run, Silent
 from kdtool.tasks._base import TEACHER_PREFIX, Task
+from kdtool.teacher_cache import read_marks
 from kdtool.train import parallel
 from kdtool.train.state import seed_everything
 
@@ -125,6 +126,8 @@ def pick_task(config: RunConfig, reference: str | None, run: Run) -> Task:
         UsageProblem: unknown or not to be guessed.
     """
     name = config.data.task
+    if name is None and config.teacher.cache is not None:
+        name = read_marks(Path(config.teacher.cache).expanduser()).get("task")
     if name is None and reference is not None:
         path = Path(reference).expanduser()
         if path.suffix == ".json" and path.is_file():
