@@ -39,7 +39,7 @@ def test_without_data_sizes_alone_are_compared(cli, models, tmp_path):
     assert done.code == 0, done.err
     assert done.answer["metrics"]["student"] == {}
     model = kdtool.load(tmp_path / "o")
-    assert type(model).__name__ == "LowRankForCausalLM"
+    assert type(model).__name__ == "CompressedForCausalLM"
     assert sum(p.numel() for p in model.parameters()) == done.answer["model"]["parameters"]
 
 
