@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import kdtool
+from kdtool import lazy
 from kdtool.compressors import layers
 from tests.pipelines.conftest import QUICK, start, wait
 
@@ -173,6 +175,32 @@ def test_weight_by_weight_makes_what_memory_makes(cli, models, data, tmp_path, m
     assert all(torch.equal(value, other[name]) for name, value in one.items())
     tokenizers = [transformers.AutoTokenizer.from_pretrained(tmp_path / name) for name in ("whole", "streamed")]
     assert tokenizers[0].get_vocab() == tokenizers[1].get_vocab()
+
+
+@pytest.mark.parametrize("method", ["layers,quantize", "sparse"])
+def test_one_weight_is_held_at_a_time(cli, models, tmp_path, monkeypatch, method):
+    """The run under a limit of memory is tests/benchmarks/compress_streaming.py; here weights are counted."""
+    held, most, largest, total = [], 0, 0, 0
+    reader = lazy._reader
+
+    def counting(path, name):
+        load = reader(path, name)
+
+        def counted():
+            nonlocal most, largest, total
+            value = load()
+            held.append(weakref.ref(value))
+            sizes = [found.numel() for found in (one() for one in held) if found is not None]
+            most, largest, total = max(most, sum(sizes)), max(largest, value.numel()), total + value.numel()
+            return value
+
+        return counted
+
+    monkeypatch.setattr(lazy, "_reader", counting)
+    done = cli("compress", models("llama"), "--method", method, *SHARDS, "-o", tmp_path / "o", "--offline")
+    assert done.code == 0, done.err
+    assert most <= 2 * largest  # one that was written, and the one after it
+    assert total > 5 * largest
 
 
 def test_a_number_format_is_changed_weight_by_weight(cli, models, tmp_path):
