@@ -38,6 +38,8 @@ class TeacherSection(Section):
 
     model: str | None = None
     """Folder, or Hub id with an optional @revision."""
+    cache: str | None = None
+    """Folder of a teacher cache that stands for the teacher, written cache:FOLDER in place of a model."""
     fine_tune: bool = False
     """Fine-tune the teacher on the task first; the result is cached by fingerprint."""
     fine_tune_what: Literal["all", "head"] = "all"
@@ -57,6 +59,14 @@ class StudentSection(Section):
     """Start from the weights found (auto, weights) or from random ones."""
     freeze: list[str] = []
     """What stays as it is: `embeddings`, or parameter name patterns such as `*.layer.0.*`."""
+    lora_rank: int | None = Field(None, gt=0)
+    """Train low-rank additions (LoRA) of this rank to the student's layers, merged at the end; needs peft."""
+    lora_alpha: float | None = Field(None, gt=0)
+    """Their scale is lora_alpha / lora_rank (default: 2)."""
+    lora_targets: list[str] = []
+    """Names of the layers that get one, such as q_proj (default: all linear layers but the head)."""
+    lora_adapter: bool = False
+    """Keep the additions by themselves, too, in the folder `adapter` of the output."""
 
 
 class DataSection(Section):
@@ -78,6 +88,24 @@ class DataSection(Section):
     """Column with the text, or the first sentence of a pair."""
     text_pair: str | None = None
     """Column with the second sentence of a pair."""
+    prompt: str | None = None
+    """Column with the prompt of a language model."""
+    input: str | None = None
+    """Column with what the prompt speaks of, put behind it (instruction and input)."""
+    response: str | None = None
+    """Column with the response to learn."""
+    messages: str | None = None
+    """Column with conversations: lists of messages, each with role and content."""
+    separator: str = "\n"
+    """Text between prompt, input and response, where there is no white space already."""
+    chat_template: bool = False
+    """Put prompts and responses into the tokenizer's chat template, as conversations are."""
+    long_prompts: Literal["drop", "cut"] = "drop"
+    """Prompts that leave no room for a response: leave the row out, or cut the prompt on the left."""
+    mask_share: float = Field(0.15, gt=0, lt=1)
+    """Share of the tokens of a text that masked-lm hides, at least one."""
+    packing: bool | None = None
+    """Put several rows of a causal language model side by side, apart from each other (default: where it can be)."""
     label: str | None = None
     """Column with the class."""
     image: str | None = None
@@ -163,6 +191,8 @@ class TrainSection(Section):
     """Keep what a frozen teacher says about each row (default: when rows are seen again)."""
     teacher_cache_dir: str | None = None
     """Folder of a cache to fill and to share between runs (default: inside the unfinished output)."""
+    teacher_cache_top_k: int | None = Field(None, gt=0)
+    """Keep only so many of the likeliest tokens of a language model; such a cache can stand for the teacher."""
     teacher_cache_limit: int = Field(default=4096, gt=0)
     """Largest size of a cache in MiB."""
     log_every: int = Field(10, gt=0)
@@ -208,6 +238,12 @@ class EvalSection(Section):
     """Gates such as accuracy=0.85 or accuracy.retention=0.97."""
     batch_size: int = Field(64, gt=0)
     """Examples in one forward pass of an evaluation."""
+    max_new_tokens: int = Field(128, gt=0)
+    """Most tokens a language model writes for each prompt, where a metric compares texts."""
+    stop: list[str] = []
+    """Strings that end what it writes, besides its end-of-sequence token."""
+    answers: str = "number"
+    """How exact-answer finds the answer in a text: number, text, or a data set with rules of its own, such as gsm8k."""
     temperature_scaling: Literal["val", "off"] = "val"
     """Fit a temperature on the validation rows, where there are any, and show calibration before and after it."""
     latency: bool = True
@@ -525,6 +561,9 @@ def _explain(error: ValidationError, path: Path | None, text: str) -> ConfigProb
     )
 
 
+_CACHE = "cache:"
+"""Begins what stands in the place of a model where a cache stands for the teacher."""
+
 _REGISTRY_OF: Mapping[str, Registry] = {
     "distill": METHODS,
     "patch-attention": ATTENTION,
@@ -601,6 +640,9 @@ def load_config(
             if not isinstance(target, dict):
                 raise ConfigProblem(f"'{section}' is a section, not a value", hint=f"write {section}: {{...}}")
             target[name] = value
+    teacher = values.get("teacher")
+    if isinstance(teacher, dict) and str(teacher.get("model")).startswith(_CACHE):
+        teacher["cache"] = str(teacher.pop("model")).removeprefix(_CACHE)
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:

@@ -241,7 +241,7 @@ Benchmark = Annotated[
     _option(
         "--benchmark",
         panel=DATA,
-        text="Named benchmark: data, columns and metrics in one word.",
+        text="Named benchmark: data, columns and metrics in one word; or lm-eval:TASK.",
         metavar="NAME",
         autocompletion=complete.benchmarks,
     ),

@@ -7,7 +7,9 @@ A compressor is a file with `Config` (a frozen dataclass of literal defaults), t
 It must leave the model it is given as it is. Further literals say more about it, each with a default:
 
     tasks = frozenset({...})   tasks whose models it takes (all)
-    needs_data = True          it cannot do without data (False)
+    needs = "an encoder"       what models of other tasks lack
+    trains = True              it trains on the rows (False)
+    needs_data = True          it does not train, and cannot do without data either (False)
     trainable = False          training would undo it, so recovery comes before it (True)
     late = True                as a last stage it comes after recovery, which does not concern it (False)
     dials = {"keep": 0.05}     settings that a budget may turn (none): shares from 1, which is all, down to the
@@ -19,6 +21,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -26,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from kdtool.config import TrainSection
 from kdtool.data.examples import Examples
 from kdtool.derive import depth_of
 from kdtool.errors import ModelProblem
@@ -34,6 +38,7 @@ from kdtool.modeling.compressed import KINDS, CompressedConfig, CompressedModel,
 from kdtool.models import Loaded
 from kdtool.run import Run
 from kdtool.tasks._base import Batch, Task
+from kdtool.tasks._views import Views
 
 Linear: TypeAlias = Any
 """`nn.Linear`, or GPT-2's `Conv1D`, whose class is not typed."""
@@ -48,7 +53,10 @@ class Context:
         batches: Real inputs, for statistics and for comparing outputs, with labels where there are some; None
             without data.
         run: Context of the run.
-        rows: All encoded training rows, for counting; None without data.
+        rows: Encoded training rows, for compressors that train or count; None where there are none.
+        train: How to train on them; length and learning rates are the compressor's own.
+        checkpoints: Where its checkpoints go; None for none.
+        views: Makes altered rows to train on; None to train on the rows as they are.
         memo: Where a search lets a compressor keep what it found out about a model, by name; None elsewhere.
     """
 
@@ -56,6 +64,9 @@ class Context:
     batches: Sequence[Batch] | None
     run: Run
     rows: Examples | None = None
+    train: TrainSection = field(default_factory=TrainSection)
+    checkpoints: Path | None = None
+    views: Views | None = None
     memo: dict[str, Any] | None = None
 
 
@@ -92,9 +103,13 @@ def layers_of(loaded: Loaded) -> tuple[str, list[nn.Module]]:
     return path, list(loaded.model.get_submodule(path).children())
 
 
-def empty_model(loaded: Loaded, config: Any, context: Context) -> Any:
-    """A model for a configuration that was made of a model's own; its weights are still to be loaded."""
+def empty_model(loaded: Loaded, config: Any, context: Context | None = None) -> Any:
+    """A model for a configuration that was made of a model's own; its weights are still to be loaded.
+
+    The context names the task where the configuration states other forms.
+    """
     if isinstance(config, CompressedConfig):
+        assert context is not None
         return make_compressed(context.task.auto_class, config)
     with torch.random.fork_rng(devices=[]):
         return type(loaded.model)(config)
@@ -106,7 +121,7 @@ def skeleton(loaded: Loaded, config: Any, context: Context) -> Any:
         return empty_model(loaded, config, context)
 
 
-def rebuilt(loaded: Loaded, made: Made, context: Context) -> Loaded:
+def rebuilt(loaded: Loaded, made: Made, context: Context | None = None) -> Loaded:
     """The model that a configuration and a state describe, in memory.
 
     Raises:

@@ -15,7 +15,8 @@ from kdtool.lazy import Lazy, State
 from kdtool.models import Loaded
 
 paper = "Abdaoui, Pradel, Sigel: Load What You Need: Smaller Versions of Multilingual BERT, 2020, arXiv:2010.05609"
-tasks = frozenset({"text-classification", "causal-lm"})
+tasks = frozenset({"text-classification", "causal-lm", "masked-lm"})
+needs = "a vocabulary"
 needs_data = True
 streams = True
 dials = {"keep": 0.02}
@@ -94,10 +95,8 @@ def stream(loaded: Loaded, state: State, config: Config, context: Context) -> Ma
         UsageProblem: there is no data, or no room for what must stay.
         ModelProblem: the model has no vocabulary, or its tokenizer cannot be trimmed.
     """
-    if context.task.name not in tasks:
-        raise ModelProblem(f"vocab: models for {context.task.name} have no vocabulary")
     if context.rows is None:
-        raise UsageProblem("vocab looks at which tokens the data uses", hint="add --data DATA")
+        raise UsageProblem("vocab looks at which tokens the training rows of the data use", hint="add --data DATA")
     spec = _tokenizer.read_spec(loaded.processor, loaded.ref)
     kept, seen = _kept(spec, config, context)
     changed = copy.deepcopy(loaded.model.config)

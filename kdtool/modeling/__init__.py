@@ -10,6 +10,7 @@ from transformers import (
     AutoModelForAudioClassification,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
 )
 
@@ -19,6 +20,7 @@ from kdtool.modeling.compressed import (
     CompressedForAudioClassification,
     CompressedForCausalLM,
     CompressedForImageClassification,
+    CompressedForMaskedLM,
     CompressedForSequenceClassification,
 )
 from kdtool.modeling.sentence_classifier import SentenceClassifier, SentenceClassifierConfig
@@ -39,6 +41,7 @@ __all__ = [
     "CompressedForAudioClassification",
     "CompressedForCausalLM",
     "CompressedForImageClassification",
+    "CompressedForMaskedLM",
     "CompressedForSequenceClassification",
     "SentenceClassifier",
     "SentenceClassifierConfig",
@@ -67,5 +70,6 @@ AutoFeatureExtractor.register(TabularConfig, TabularProcessor, exist_ok=True)
 AutoConfig.register(CompressedConfig.model_type, CompressedConfig, exist_ok=True)
 AutoModelForAudioClassification.register(CompressedConfig, CompressedForAudioClassification, exist_ok=True)
 AutoModelForCausalLM.register(CompressedConfig, CompressedForCausalLM, exist_ok=True)
+AutoModelForMaskedLM.register(CompressedConfig, CompressedForMaskedLM, exist_ok=True)
 AutoModelForImageClassification.register(CompressedConfig, CompressedForImageClassification, exist_ok=True)
 AutoModelForSequenceClassification.register(CompressedConfig, CompressedForSequenceClassification, exist_ok=True)

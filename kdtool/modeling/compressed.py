@@ -118,6 +118,13 @@ class CompressedForAudioClassification(CompressedModel):
     main_input_name = "input_values"
 
 
+class CompressedForMaskedLM(CompressedModel):
+    """A language model that fills gaps."""
+
+    auto_class_name = "AutoModelForMaskedLM"
+    main_input_name = "input_ids"
+
+
 class CompressedForCausalLM(CompressedModel):
     """A language model."""
 

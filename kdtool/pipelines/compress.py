@@ -14,8 +14,9 @@ from kdtool.data.examples import DataSplits, Examples
 from kdtool.errors import QualityProblem, UsageProblem
 from kdtool.models import Loaded, load, load_model
 from kdtool.pipelines import setup
-from kdtool.pipelines.distill import get_ready, train
+from kdtool.pipelines.distill import get_ready, make_views, train
 from kdtool.pipelines.finished import read_proof
+from kdtool.pipelines.measured import check_metrics
 from kdtool.pipelines.output import Output
 from kdtool.pipelines.probe import probe_batches
 from kdtool.pipelines.prove import compare, weight_bytes
@@ -24,6 +25,7 @@ from kdtool.pipelines.search import Found, Plan, search
 from kdtool.pipelines.stages import Standing, record
 from kdtool.pipelines.streamed import run_streamed, wanted
 from kdtool.proof import Proof, Result, Side, Table
+from kdtool.registry import COMPRESSORS, check_fit
 from kdtool.report import write_manifest, write_report
 from kdtool.report._frontier import frontier_section
 from kdtool.report._markdown import markdown_table
@@ -58,19 +60,23 @@ def _start(config: RunConfig, run: Run) -> _Source:
     reference = config.teacher.model
     assert reference is not None
     task = setup.pick_task(config, reference, run)
-    setup.check_metrics(config, task)
+    check_metrics(config, task)
+    for name, _ in stages(config):
+        check_fit(name, task.name, COMPRESSORS)
     loaded = load_model(reference, task.auto_class, run, "model")
     setup.check_trained(loaded, "model")
     setup.load_processor(loaded, task, run)
     probes = probe_batches(task, loaded, config, run)
     memo: dict[str, Any] | None = {} if config.search.budget is not None else None
     if config.data.source is None:
-        return _Source(task, loaded, None, None, Standing(loaded, Context(task, None, run, None, memo), probes))
+        return _Source(task, loaded, None, None, Standing(loaded, Context(task, None, run, memo=memo), probes))
     data = setup.get_data(config, task, run)
     setup.relabel(data, loaded, config, run)
     encoded = setup.encode(task, data, loaded, None, config, run)
     rows = encoded.train if encoded.train is not None else encoded.test
-    context = Context(task, calibration_batches(task, rows), run, rows, memo)
+    views = make_views(config, task, encoded.train, loaded, None) if _trains(config) else None
+    batches = calibration_batches(task, rows)
+    context = Context(task, batches, run, encoded.train, config.train, views=views, memo=memo)
     return _Source(task, loaded, data, encoded.test, Standing(loaded, context, probes))
 
 
@@ -82,7 +88,7 @@ def calibration_batches(task: Task, rows: Examples) -> list[Batch]:
     return [task.collate([rows[i] for i in part]) for part in parts]
 
 
-def _apply(standing: Standing, plan: Plan, run: Run) -> tuple[Standing, list[dict[str, Any]]]:
+def _apply(standing: Standing, plan: Plan, run: Run, checkpoints: Path) -> tuple[Standing, list[dict[str, Any]]]:
     """Stages in turn, with a record of each.
 
     Raises:
@@ -91,8 +97,9 @@ def _apply(standing: Standing, plan: Plan, run: Run) -> tuple[Standing, list[dic
     records = []
     for name, values in plan:
         run.reporter.info(f"{name}: {standing.loaded.parameters:,} parameters")
-        after = standing.through(name, values)
-        records.append(record(name, standing, after))
+        before = replace(standing, context=replace(standing.context, checkpoints=checkpoints / name))
+        after = before.through(name, values)
+        records.append(record(name, before, after))
         standing = after
     return standing, records
 
@@ -136,6 +143,15 @@ def _prove(source: _Source, saved: Loaded, config: RunConfig, run: Run) -> Proof
     return compare(source.task, saved, source.loaded, own, config, run, teacher_data=source.test)
 
 
+def _trains(config: RunConfig) -> bool:
+    return any(COMPRESSORS.info(name).facts.get("trains") for name, _ in stages(config))
+
+
+def _trained(records: Sequence[dict[str, Any]]) -> int:
+    """Optimiser steps of the stages themselves."""
+    return sum(record["made"].get("steps", 0) for record in records)
+
+
 def _section(records: Sequence[dict[str, Any]], recover: dict[str, Any] | None) -> list[str]:
     """The stages, as a section of the report."""
     rows = [
@@ -146,7 +162,8 @@ def _section(records: Sequence[dict[str, Any]], recover: dict[str, Any] | None) 
         rows.append([f"recovery by {recover['method']}, {recover['steps']} steps", "-", "-", "-"])
     header = ["stage", "parameters", "change of the outputs", "same largest logit"]
     note = "Each against the model before it: norm of the differences of the outputs by norm of the outputs."
-    return ["## Stages", "", markdown_table(Table(header, rows)), "", note, ""]
+    more = [f"- {record['made']['note']}" for record in records if "note" in record["made"]]
+    return ["## Stages", "", markdown_table(Table(header, rows)), "", note, "", *([*more, ""] if more else [])]
 
 
 def compress(config: RunConfig, run: Run | None = None) -> Result:
@@ -181,14 +198,14 @@ def compress(config: RunConfig, run: Run | None = None) -> Result:
         source = _start(config, run)
         plan, found = _planned(source, config, run)
         first = before_recovery([name for name, _ in plan]) if config.recover.steps is not None else len(plan)
-        made, records = _apply(source.start, plan[:first], run)
+        made, records = _apply(source.start, plan[:first], run, output.checkpoints)
         history = History(steps=0)
         if config.recover.steps is not None:
             loaded, history = _recovered(made.loaded, config, run, output)
             made = replace(made, loaded=loaded)
-        made, more = _apply(made, plan[first:], run)
+        made, more = _apply(made, plan[first:], run, output.checkpoints)
         records += more
-        facts = {"task": source.task.name, "stages": records, "steps": history.steps}
+        facts = {"task": source.task.name, "stages": records, "steps": history.steps + _trained(records)}
         if found is not None:
             facts["search"] = {"budget": found.budget, "points": found.points, "settings": dict(plan)}
         proof = _finish(source, made, history, config, run, output, facts, began)
