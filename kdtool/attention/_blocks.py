@@ -13,7 +13,16 @@ from torch import Tensor
 
 from kdtool.attention._base import State
 from kdtool.attention._flash import Part, merged
-from kdtool.attention._leaves import FEATURES, key_features, key_order, ordered, pick, present_in, rows_for_moments, value_features
+from kdtool.attention._leaves import (
+    FEATURES,
+    key_features,
+    key_order,
+    ordered,
+    pick,
+    present_in,
+    rows_for_moments,
+    value_features,
+)
 from kdtool.attention._tree import leaf_order, levels_for, rows_at
 
 _HIDDEN = float("-inf")
@@ -178,9 +187,7 @@ def make_leaves(k: Tensor, v: Tensor, valid: Tensor | None, made: Layout, size: 
     return Leaves(ordered(table, made.key_order).reshape(sets, -1, size, table.shape[-1]), hidden, widths)
 
 
-def centres(
-    leaves: Leaves, middle: Tensor, share: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def centres(leaves: Leaves, middle: Tensor, share: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """Centroids of all leaves for blocks with these mean queries; weights and biases are constant in the gradient.
 
     Args:
