@@ -210,12 +210,14 @@ class PatchSection(Section):
     """Numbers of the attention layers to patch, such as 0-3,7 (default: all)."""
     calibrate: str | None = None
     """Data to choose the settings on (default: the training rows of the data)."""
-    max_error: float = Field(0.1, gt=0)
-    """Largest relative error of a head of a layer; a layer that would miss it stays exact."""
+    max_error: float = Field(0.1, ge=0)
+    """Largest relative error of a head of a layer; a layer that would miss it stays exact. With 0 all do."""
     lengths: list[int] = Field([512, 2048], min_length=1)
     """Numbers of keys at which error and time are measured."""
     max_drop: list[str] = []
     """How much worse metrics may become, such as accuracy=0.005."""
+    fixed: bool = False
+    """Fix what an operator would work out from each input, as an export to ONNX needs it."""
     module_pattern: str | None = None
     """Names of modules with a fused projection `qkv` to take in, such as blocks.*.attn."""
 
@@ -252,10 +254,19 @@ class EvalSection(Section):
     """Batch sizes at which latency is measured."""
     latency_repeats: int = Field(20, gt=0)
     """Timed forward passes for each model and batch size."""
+    lengths: list[int] = []
+    """Sequence lengths in tokens at which evaluate measures time and peak memory, too."""
     seeds: list[int] = [0, 1, 2]
     """Seeds of a comparison: every method runs once with each."""
     reload: bool = True
     """Reload the saved model in a fresh process and compare outputs."""
+
+    @field_validator("lengths")
+    @classmethod
+    def _some_tokens(cls, value: list[int]) -> list[int]:
+        if value and min(value) < 2:
+            raise ValueError("should be 2 and more")
+        return sorted(set(value))
 
 
 class RecoverSection(Section):

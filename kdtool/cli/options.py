@@ -150,6 +150,15 @@ Lengths = Annotated[
     str | None,
     _option("--lengths", panel=METHOD, text="Numbers of keys to measure at (default 512,2048).", metavar="N,N,..."),
 ]
+EvalLengths = Annotated[
+    str | None,
+    _option(
+        "--lengths",
+        panel=DATA,
+        text="Measure time and memory at these sequence lengths, too, such as 512,2048,8192.",
+        metavar="N,N,...",
+    ),
+]
 MaxDrop = Annotated[
     list[str] | None,
     _option("--max-drop", panel=OUTPUT, text="Exit 3 if a metric drops by more. Repeatable.", metavar="METRIC=VALUE"),
@@ -367,7 +376,7 @@ COMMAND_KEYS: Mapping[str, Mapping[str, str]] = {
     "distill": {},
     "compare": {},
     "compress": {"model": "teacher.model", "compressors": "method.name"},
-    "evaluate": {"model": "student.model", "limit": "data.test_limit"},
+    "evaluate": {"model": "student.model", "limit": "data.test_limit", "lengths": "eval.lengths"},
     "export": {"model": "teacher.model"},
     "patch-attention": {"model": "teacher.model", "limit": "data.test_limit"},
 }
