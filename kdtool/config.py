@@ -13,7 +13,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
-from kdtool.errors import ConfigProblem, nearest
+from kdtool.errors import ConfigProblem, UsageProblem, nearest
 from kdtool.registry import ATTENTION, COMPRESSORS, EXPORTERS, METHODS, Plugin, Registry
 
 Command = Literal["distill", "compare", "compress", "patch-attention", "evaluate", "export"]
@@ -38,6 +38,8 @@ class TeacherSection(Section):
 
     model: str | None = None
     """Folder, or Hub id with an optional @revision."""
+    cache: str | None = None
+    """Folder of a teacher cache that stands for the teacher, written cache:FOLDER in place of a model."""
     fine_tune: bool = False
     """Fine-tune the teacher on the task first; the result is cached by fingerprint."""
     fine_tune_what: Literal["all", "head"] = "all"
@@ -57,6 +59,14 @@ class StudentSection(Section):
     """Start from the weights found (auto, weights) or from random ones."""
     freeze: list[str] = []
     """What stays as it is: `embeddings`, or parameter name patterns such as `*.layer.0.*`."""
+    lora_rank: int | None = Field(None, gt=0)
+    """Train low-rank additions (LoRA) of this rank to the student's layers, merged at the end; needs peft."""
+    lora_alpha: float | None = Field(None, gt=0)
+    """Their scale is lora_alpha / lora_rank (default: 2)."""
+    lora_targets: list[str] = []
+    """Names of the layers that get one, such as q_proj (default: all linear layers but the head)."""
+    lora_adapter: bool = False
+    """Keep the additions by themselves, too, in the folder `adapter` of the output."""
 
 
 class DataSection(Section):
@@ -78,6 +88,24 @@ class DataSection(Section):
     """Column with the text, or the first sentence of a pair."""
     text_pair: str | None = None
     """Column with the second sentence of a pair."""
+    prompt: str | None = None
+    """Column with the prompt of a language model."""
+    input: str | None = None
+    """Column with what the prompt speaks of, put behind it (instruction and input)."""
+    response: str | None = None
+    """Column with the response to learn."""
+    messages: str | None = None
+    """Column with conversations: lists of messages, each with role and content."""
+    separator: str = "\n"
+    """Text between prompt, input and response, where there is no white space already."""
+    chat_template: bool = False
+    """Put prompts and responses into the tokenizer's chat template, as conversations are."""
+    long_prompts: Literal["drop", "cut"] = "drop"
+    """Prompts that leave no room for a response: leave the row out, or cut the prompt on the left."""
+    mask_share: float = Field(0.15, gt=0, lt=1)
+    """Share of the tokens of a text that masked-lm hides, at least one."""
+    packing: bool | None = None
+    """Put several rows of a causal language model side by side, apart from each other (default: where it can be)."""
     label: str | None = None
     """Column with the class."""
     image: str | None = None
@@ -163,6 +191,8 @@ class TrainSection(Section):
     """Keep what a frozen teacher says about each row (default: when rows are seen again)."""
     teacher_cache_dir: str | None = None
     """Folder of a cache to fill and to share between runs (default: inside the unfinished output)."""
+    teacher_cache_top_k: int | None = Field(None, gt=0)
+    """Keep only so many of the likeliest tokens of a language model; such a cache can stand for the teacher."""
     teacher_cache_limit: int = Field(default=4096, gt=0)
     """Largest size of a cache in MiB."""
     log_every: int = Field(10, gt=0)
@@ -180,12 +210,14 @@ class PatchSection(Section):
     """Numbers of the attention layers to patch, such as 0-3,7 (default: all)."""
     calibrate: str | None = None
     """Data to choose the settings on (default: the training rows of the data)."""
-    max_error: float = Field(0.1, gt=0)
-    """Largest relative error of a head of a layer; a layer that would miss it stays exact."""
+    max_error: float = Field(0.1, ge=0)
+    """Largest relative error of a head of a layer; a layer that would miss it stays exact. With 0 all do."""
     lengths: list[int] = Field([512, 2048], min_length=1)
     """Numbers of keys at which error and time are measured."""
     max_drop: list[str] = []
     """How much worse metrics may become, such as accuracy=0.005."""
+    fixed: bool = False
+    """Fix what an operator would work out from each input, as an export to ONNX needs it."""
     module_pattern: str | None = None
     """Names of modules with a fused projection `qkv` to take in, such as blocks.*.attn."""
 
@@ -208,6 +240,12 @@ class EvalSection(Section):
     """Gates such as accuracy=0.85 or accuracy.retention=0.97."""
     batch_size: int = Field(64, gt=0)
     """Examples in one forward pass of an evaluation."""
+    max_new_tokens: int = Field(128, gt=0)
+    """Most tokens a language model writes for each prompt, where a metric compares texts."""
+    stop: list[str] = []
+    """Strings that end what it writes, besides its end-of-sequence token."""
+    answers: str = "number"
+    """How exact-answer finds the answer in a text: number, text, or a data set with rules of its own, such as gsm8k."""
     temperature_scaling: Literal["val", "off"] = "val"
     """Fit a temperature on the validation rows, where there are any, and show calibration before and after it."""
     latency: bool = True
@@ -216,10 +254,19 @@ class EvalSection(Section):
     """Batch sizes at which latency is measured."""
     latency_repeats: int = Field(20, gt=0)
     """Timed forward passes for each model and batch size."""
+    lengths: list[int] = []
+    """Sequence lengths in tokens at which evaluate measures time and peak memory, too."""
     seeds: list[int] = [0, 1, 2]
     """Seeds of a comparison: every method runs once with each."""
     reload: bool = True
     """Reload the saved model in a fresh process and compare outputs."""
+
+    @field_validator("lengths")
+    @classmethod
+    def _some_tokens(cls, value: list[int]) -> list[int]:
+        if value and min(value) < 2:
+            raise ValueError("should be 2 and more")
+        return sorted(set(value))
 
 
 class RecoverSection(Section):
@@ -228,7 +275,18 @@ class RecoverSection(Section):
     steps: int | None = Field(None, gt=0)
     """Optimiser steps; without them nothing is trained."""
     method: str = "kd"
-    """Distillation method, with its default settings."""
+    """Distillation method."""
+    settings: dict[str, Any] = {}
+    """Its hyper-parameters, such as recover.settings.temperature=2."""
+
+
+class SearchSection(Section):
+    """Looking for the settings of compressors that meet a budget."""
+
+    budget: str | None = None
+    """What may be left, as a share: parameters=0.5, bytes=0.25 or latency=0.5."""
+    notches: int = Field(8, gt=1)
+    """Steps from all to nothing in which a setting is turned down, before the last one is found by bisection."""
 
 
 class OutputSection(Section):
@@ -269,6 +327,8 @@ class RuntimeSection(Section):
     """Number format of computation; auto is bfloat16 autocast on CUDA, float32 elsewhere."""
     threads: int | None = Field(None, gt=0)
     """CPU threads (default: what torch chooses)."""
+    stream: Literal["auto", "always", "never"] = "auto"
+    """Work weight by weight, never holding the model: auto does so where it and a copy would not fit into memory."""
     offline: bool = False
     """Never ask the network."""
     cache_dir: str | None = None
@@ -291,6 +351,7 @@ class RunConfig(Section):
     train: TrainSection = TrainSection()
     patch: PatchSection = PatchSection()
     recover: RecoverSection = RecoverSection()
+    search: SearchSection = SearchSection()
     eval: EvalSection = EvalSection()
     output: OutputSection = OutputSection()
     runtime: RuntimeSection = RuntimeSection()
@@ -315,6 +376,24 @@ def stages(config: RunConfig) -> list[tuple[str, dict[str, Any]]]:
     names = [name.strip() for name in config.method_name.split(",") if name.strip()]
     values = config.method_values
     return [(name, values if len(names) == 1 else dict(values.get(name) or {})) for name in names]
+
+
+def before_recovery(names: Sequence[str]) -> int:
+    """How many stages come before recovery: all but the last ones that training would undo or does not concern.
+
+    Raises:
+        UsageProblem: training would undo a stage before another one.
+    """
+    facts = [COMPRESSORS.info(name).facts for name in names]
+    count = len(names)
+    while count and (facts[count - 1].get("late") or not facts[count - 1].get("trainable", True)):
+        count -= 1
+    stuck = [name for name, fact in zip(names[:count], facts, strict=False) if not fact.get("trainable", True)]
+    if stuck:
+        raise UsageProblem(
+            f"--recover cannot train what {stuck[0]} makes", hint=f"put {stuck[0]} last: recovery comes before it"
+        )
+    return count
 
 
 def _check_stages(config: RunConfig, where: str) -> None:
@@ -493,6 +572,9 @@ def _explain(error: ValidationError, path: Path | None, text: str) -> ConfigProb
     )
 
 
+_CACHE = "cache:"
+"""Begins what stands in the place of a model where a cache stands for the teacher."""
+
 _REGISTRY_OF: Mapping[str, Registry] = {
     "distill": METHODS,
     "patch-attention": ATTENTION,
@@ -569,6 +651,9 @@ def load_config(
             if not isinstance(target, dict):
                 raise ConfigProblem(f"'{section}' is a section, not a value", hint=f"write {section}: {{...}}")
             target[name] = value
+    teacher = values.get("teacher")
+    if isinstance(teacher, dict) and str(teacher.get("model")).startswith(_CACHE):
+        teacher["cache"] = str(teacher.pop("model")).removeprefix(_CACHE)
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
@@ -583,6 +668,8 @@ def load_config(
         config.method = check_plugin_values(EXPORTERS.info(config.output.format), config.method, "method", where)
     elif command == "compress":
         _check_stages(config, where)
+        recovery = METHODS.info(config.recover.method)
+        config.recover.settings = check_plugin_values(recovery, config.recover.settings, "recover.settings", where)
     elif registry is not None and config.method_name:
         plugin = registry.info(config.method_name)
         checked = check_plugin_values(plugin, config.method_values, "method", where)

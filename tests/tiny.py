@@ -56,6 +56,22 @@ def save_bert_tokenizer(folder: Path, reverse: bool = False) -> None:
     ).save_pretrained(folder)
 
 
+def save_marked_tokenizer(folder: Path) -> None:
+    """A word-level tokenizer for masked words, A [SEP] with a mask token, and for encoders with decoders."""
+    vocabulary = {**_vocabulary(False), "[MASK]": len(_vocabulary(False))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A [SEP]", special_tokens=[("[SEP]", 3)])
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        eos_token="[SEP]",
+        mask_token="[MASK]",
+        model_max_length=32,
+    ).save_pretrained(folder)
+
+
 def save_lm_tokenizer(folder: Path) -> None:
     """A word-level tokenizer with a beginning-of-sequence token and no padding token."""
     tokenizer = Tokenizer(models.WordLevel(_vocabulary(False), unk_token="[UNK]"))
@@ -204,6 +220,31 @@ def llama(folder: Path, layers: int = 4, seed: int = 1) -> Path:
     return _save(config, "AutoModelForCausalLM", folder, seed)
 
 
+def t5(folder: Path, layers: int = 2, seed: int = 1) -> Path:
+    """An encoder with a decoder."""
+    save_marked_tokenizer(folder)
+    config = transformers.T5Config(
+        vocab_size=len(_vocabulary(False)) + 1,
+        d_model=WIDTH,
+        d_kv=WIDTH // 2,
+        d_ff=2 * WIDTH,
+        num_layers=layers,
+        num_heads=2,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+        eos_token_id=3,
+    )
+    return _save(config, "AutoModelForSeq2SeqLM", folder, seed)
+
+
+def masked_bert(folder: Path, layers: int = 4, seed: int = 1) -> Path:
+    """A masked language model."""
+    save_marked_tokenizer(folder)
+    config = bert_config(layers)
+    config.vocab_size += 1
+    return _save(config, "AutoModelForMaskedLM", folder, seed)
+
+
 def sentence(kind: str, generator: np.random.Generator) -> str:
     """3 to 12 words, one of them telling the class."""
     words = list(generator.choice(FILLERS, generator.integers(2, 12)))
@@ -292,4 +333,22 @@ def plain_text(folder: Path, train: int = 40, test: int = 15) -> Path:
     """train.jsonl and test.jsonl with `text` alone."""
     for name, size, seed in (("train", train, 5), ("test", test, 6)):
         write_rows(folder / f"{name}.jsonl", [{"text": row["text"]} for row in text_rows(size, seed)])
+    return folder
+
+
+def prompt_rows(size: int, seed: int) -> list[dict]:
+    """Rows with `prompt` and `response` of several lengths; the telling word of the prompt decides the response."""
+    generator = np.random.default_rng(seed)
+    rows = []
+    for i in range(size):
+        kind = LABELS[i % len(LABELS)]
+        response = " ".join(["it was", *["very"] * int(generator.integers(0, 4)), WORDS[kind][0]])
+        rows.append({"prompt": sentence(kind, generator), "response": response})
+    return rows
+
+
+def prompt_data(folder: Path, train: int = 30, test: int = 12) -> Path:
+    """train.jsonl and test.jsonl with prompts and responses."""
+    write_rows(folder / "train.jsonl", prompt_rows(train, 11))
+    write_rows(folder / "test.jsonl", prompt_rows(test, 12))
     return folder

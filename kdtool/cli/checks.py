@@ -5,9 +5,9 @@ import re
 from pathlib import Path
 
 from kdtool import benchmarks
-from kdtool.config import RunConfig, stages
+from kdtool.config import RunConfig, before_recovery, stages
 from kdtool.errors import OutputProblem, UsageProblem, nearest
-from kdtool.gates import parse_drops, parse_gates
+from kdtool.gates import parse_budget, parse_drops, parse_gates
 from kdtool.registry import ATTENTION, COMPRESSORS, EXPORTERS, METHODS, TASKS, check_fit
 
 MARKER = ".kdtool/run.json"
@@ -55,7 +55,9 @@ def _check_distill(config: RunConfig) -> None:
         raise UsageProblem("no method given", hint="add --method NAME; see: kdtool methods ls")
     facts = METHODS.info(name).facts
     fewest, most = facts.get("teachers", (1, 1))
-    if config.teacher.model is None and fewest > 0:
+    if config.teacher.cache is not None and (config.teacher.model is not None or config.command == "compare"):
+        raise UsageProblem("a cache stands for the only teacher of a run", hint="kdtool distill cache:FOLDER ...")
+    if config.teacher.model is None and config.teacher.cache is None and fewest > 0:
         raise UsageProblem("no teacher given", hint="kdtool distill TEACHER --student MODEL ...")
     if config.teacher.model is not None and most == 0 and config.command == "distill":
         raise UsageProblem(
@@ -89,6 +91,27 @@ def _check_compress(config: RunConfig) -> None:
         raise UsageProblem("no model given", hint="kdtool compress MODEL --method NAME -o FOLDER")
     has_data = config.data.source is not None or config.eval.benchmark is not None
     METHODS.check(config.recover.method)
+    for name in names:
+        facts = COMPRESSORS.info(name).facts
+        if not has_data and (facts.get("trains") or facts.get("needs_data")):
+            does = "trains on" if facts.get("trains") else "looks at"
+            raise UsageProblem(f"{name} {does} data", hint="add --data DATA")
+        if config.data.task is not None:
+            check_fit(name, config.data.task, COMPRESSORS)
+    if config.search.budget is not None:
+        parse_budget(config.search.budget)
+        searched = [name for name in COMPRESSORS.names() if COMPRESSORS.info(name).facts.get("dials")]
+        if not set(names) & set(searched):
+            raise UsageProblem(
+                f"--budget: {config.method_name} has no setting to search",
+                hint=f"those that have: {', '.join(searched)}",
+            )
+    if config.recover.steps is not None and not before_recovery(names):
+        raise UsageProblem(
+            f"--recover has nothing to recover from before {names[0]}",
+            why=f"training would undo what {names[0]} does, or does not concern it",
+            hint=f"leave --recover out, or put a stage before it: --method layers,{names[0]}",
+        )
     if config.recover.steps is not None and not has_data:
         raise UsageProblem("--recover trains on data", hint="add --data DATA")
     if config.eval.fail_under and not has_data:
@@ -126,7 +149,7 @@ def _check_patch(config: RunConfig) -> None:
 
 def _check_benchmark(config: RunConfig) -> None:
     name = config.eval.benchmark
-    if name is not None and name not in benchmarks.names():
+    if name is not None and not name.startswith(benchmarks.HARNESS) and name not in benchmarks.names():
         raise UsageProblem(f"unknown benchmark '{name}'", hint=nearest(name, benchmarks.names()))
 
 

@@ -150,6 +150,15 @@ Lengths = Annotated[
     str | None,
     _option("--lengths", panel=METHOD, text="Numbers of keys to measure at (default 512,2048).", metavar="N,N,..."),
 ]
+EvalLengths = Annotated[
+    str | None,
+    _option(
+        "--lengths",
+        panel=DATA,
+        text="Measure time and memory at these sequence lengths, too, such as 512,2048,8192.",
+        metavar="N,N,...",
+    ),
+]
 MaxDrop = Annotated[
     list[str] | None,
     _option("--max-drop", panel=OUTPUT, text="Exit 3 if a metric drops by more. Repeatable.", metavar="METRIC=VALUE"),
@@ -180,6 +189,15 @@ RecoverMethod = Annotated[
         text="Distillation method of --recover (default kd).",
         metavar="NAME",
         autocompletion=complete.names("methods"),
+    ),
+]
+Budget = Annotated[
+    str | None,
+    _option(
+        "--budget",
+        panel=METHOD,
+        text="Search settings that leave a share of parameters, bytes or latency.",
+        metavar="parameters=0.5",
     ),
 ]
 
@@ -232,7 +250,7 @@ Benchmark = Annotated[
     _option(
         "--benchmark",
         panel=DATA,
-        text="Named benchmark: data, columns and metrics in one word.",
+        text="Named benchmark: data, columns and metrics in one word; or lm-eval:TASK.",
         metavar="NAME",
         autocompletion=complete.benchmarks,
     ),
@@ -317,6 +335,7 @@ KEYS: Mapping[str, str] = {
     "method": "method.name",
     "recover": "recover.steps",
     "recover_method": "recover.method",
+    "budget": "search.budget",
     "epochs": "train.epochs",
     "max_steps": "train.max_steps",
     "batch_size": "train.batch_size",
@@ -357,7 +376,7 @@ COMMAND_KEYS: Mapping[str, Mapping[str, str]] = {
     "distill": {},
     "compare": {},
     "compress": {"model": "teacher.model", "compressors": "method.name"},
-    "evaluate": {"model": "student.model", "limit": "data.test_limit"},
+    "evaluate": {"model": "student.model", "limit": "data.test_limit", "lengths": "eval.lengths"},
     "export": {"model": "teacher.model"},
     "patch-attention": {"model": "teacher.model", "limit": "data.test_limit"},
 }

@@ -6,15 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from kdtool import lora
 from kdtool.card import write_card
 from kdtool.config import RunConfig
 from kdtool.data.examples import DataSplits, Examples
-from kdtool.errors import DataProblem, QualityProblem, TrainingProblem, UsageProblem
+from kdtool.errors import DataProblem, QualityProblem, UsageProblem
 from kdtool.models import Loaded, load
 from kdtool.pipelines import setup
+from kdtool.pipelines.caching import attach_cache, temperature_of
 from kdtool.pipelines.finished import read_proof
+from kdtool.pipelines.measured import check_metrics
 from kdtool.pipelines.output import KEPT_TEACHER, Output
 from kdtool.pipelines.prove import compare
 from kdtool.pipelines.push import check_push, push
@@ -25,18 +26,15 @@ from kdtool.report import write_manifest, write_report
 from kdtool.run import Run
 from kdtool.saving import save_model
 from kdtool.tasks._base import TEACHER_PREFIX, Task
-from kdtool.tasks._views import PIXELS, Views
-from kdtool.teacher_cache import TeacherCache, fingerprint, is_of_another_run
+from kdtool.tasks._views import PIXELS, ImageViews, Views
 from kdtool.train import parallel
 from kdtool.train.loop import History, Trainer
+from kdtool.train.rehearsal import rehearse
 from kdtool.train.state import seed_everything
 from kdtool.verify import reload_check
 from kdtool.writing import typed
 
 _PROBE_ROWS = 8
-
-_WORTH = 1.25
-"""Epochs from which a teacher cache pays: its chunks are computed whole."""
 
 
 @dataclass(slots=True)
@@ -60,7 +58,7 @@ def get_ready(config: RunConfig, run: Run) -> Ready:
     """
     setup.apply_benchmark(config)
     task = setup.pick_task(config, config.teacher.model or config.student.model, run)
-    setup.check_metrics(config, task)
+    check_metrics(config, task)
     facts = METHODS.info(config.method_name).facts
     check_fit(config.method_name, task.name)
     if config.output.save_teacher and not (facts.get("trains_teacher") and config.teacher.model):
@@ -86,6 +84,9 @@ def get_ready(config: RunConfig, run: Run) -> Ready:
     config.train.lr = config.train.lr or task.default_lr
     settings = METHODS.build_config(config.method_name, config.method_values)
     method = METHODS.get(config.method_name)(settings, student, [teacher] if teacher else [], task)
+    if config.teacher.cache is not None:
+        temperature_of(method, config, "teacher.cache")
+    encoded.train = packed(config, task, method, encoded.train)
     views = make_views(config, task, encoded.train, student, teacher)
     if (config.augment.mixup or config.augment.cutmix) and not method.mixes:
         raise UsageProblem(
@@ -94,6 +95,30 @@ def get_ready(config: RunConfig, run: Run) -> Ready:
             hint=f"those that can: {', '.join(n for n in METHODS.names() if METHODS.info(n).facts.get('mixes'))}",
         )
     return Ready(task, data, encoded, teacher, student, method, views)
+
+
+def packed(config: RunConfig, task: Task, method: Any, rows: Examples | None) -> Examples | None:
+    """Training rows that share a line with others, where the method, the task and the models can have it so.
+
+    Raises:
+        UsageProblem: it was asked for, and one of them cannot.
+    """
+    wanted = config.data.packing
+    if rows is None or wanted is False or not (method.packs or wanted):
+        return rows
+    if not method.packs:
+        raise UsageProblem(
+            f"data.packing: method {config.method_name} needs every example in a row of its own",
+            hint="leave data.packing out",
+        )
+    made = task.packed(rows, [method.student, *(teacher.model for teacher in method.teacher_list)])
+    if made is None and wanted:
+        raise UsageProblem(
+            "data.packing: the rows cannot be packed",
+            why=f"{task.name} has none that could, or a model does not keep examples apart by their positions",
+            hint="leave data.packing out",
+        )
+    return rows if made is None else made
 
 
 def make_views(
@@ -105,79 +130,20 @@ def make_views(
         UsageProblem: the rows are no images, or an extra is missing.
     """
     if not config.augment.active or rows is None:
-        return None
+        found: Views | None = None if rows is None else task.views(rows, config.augment)
+        return found
     if task.name != "image-classification":
         raise UsageProblem(f"augment.* alters images, and {task.name} has none", hint="leave the section out")
     processors = {"": student.processor}
     other = f"{TEACHER_PREFIX}0."
     if teacher is not None and other + PIXELS in rows.columns:
         processors[other] = teacher.processor
-    return Views(task, rows, config.augment, processors, len(student.labels or []))
-
-
-def attach_cache(trainer: Trainer, ready: Ready, config: RunConfig, run: Run, default: Path) -> None:
-    """Let the method read its frozen teacher from a cache, where asked for or worth it.
-
-    Raises:
-        ConfigProblem, UsageProblem: the cache belongs to another run, or is too large.
-    """
-    train = config.train
-    wanted = train.teacher_cache if train.teacher_cache is not None else train.teacher_cache_dir is not None or None
-    views = ready.views
-    seen_again = trainer.plan.steps * train.grad_accum > _WORTH * trainer.plan.per_epoch * (views.count if views else 1)
-    if views is not None and not views.count:
-        if wanted:
-            raise UsageProblem(
-                "no teacher cache can hold the views of every epoch", hint="--set augment.views=8 uses eight in turn"
-            )
-        return
-    if ready.teacher is None or not ready.method.reads_teacher or wanted is False or not (wanted or seen_again):
-        return
-    if not ready.method.cacheable:
-        if wanted:
-            run.reporter.warn(f"no teacher cache: {config.method_name} compares hidden states or texts made meanwhile")
-        return
-    folder = Path(train.teacher_cache_dir).expanduser() if train.teacher_cache_dir else default
-    data = trainer.plan.data
-    marks = fingerprint(ready.teacher, data, run, setup.processor_key(ready.teacher.processor), config.augment)
-    limit = train.teacher_cache_limit * 2**20
-    try:
-        with parallel.first_alone(run):
-            if run.rank == 0 and train.teacher_cache_dir is None and is_of_another_run(folder, marks):
-                shutil.rmtree(folder)  # our own, and what it was made with has changed since
-            cache = TeacherCache(folder, ready.task, ready.teacher, data, run, 0, marks, limit, views)
-    except UsageProblem as problem:
-        if wanted:
-            raise
-        run.reporter.info(f"no teacher cache: {problem.message}")
-        return
-    ready.method.caches[0] = cache
-    run.reporter.info(f"teacher cache: {cache.share:.0%} of {cache.size} rows are there")
-
-
-def rehearse(trainer: Trainer) -> None:
-    """Run forward and backward once on the longest rows, so that what cannot work fails now.
-
-    Raises:
-        TrainingProblem: the loss is not finite.
-    """
-    data = trainer.plan.data
-    size = min(trainer.config.batch_size, len(data))
-    longest = range(size) if data.lengths is None else data.lengths.argsort()[-size:]
-    trainer.method.eval()
-    devices = [trainer.run.device] if trainer.run.device.startswith("cuda") else []
-    with torch.random.fork_rng(devices=devices):
-        losses = trainer.method(trainer.load(longest), 0.0)
-        losses.total.backward()
-    trainer.method.zero_grad(set_to_none=True)
-    if not torch.isfinite(losses.total):
-        raise TrainingProblem(
-            "the very first loss is not finite", hint="check the data and the models; --dtype float32"
-        )
+    return ImageViews(task, rows, config.augment, processors, len(student.labels or []))
 
 
 def train(ready: Ready, config: RunConfig, run: Run, output: Output) -> History:
     """Train the student of `ready`, from the last checkpoint if there is one; it holds the result then."""
+    ready.method.folder, ready.method.held_out = output.kept, ready.encoded.validation
     trainer = Trainer(
         ready.method,
         ready.encoded.train,  # type: ignore[arg-type] # get_ready refuses data without training rows
@@ -187,13 +153,17 @@ def train(ready: Ready, config: RunConfig, run: Run, output: Output) -> History:
         output.checkpoints,
         ready.views,
     )
-    attach_cache(trainer, ready, config, run, output.work / "teacher-cache")
+    attach_cache(trainer, ready.teacher, config, run, output.work / "teacher-cache")
     rehearse(trainer)
     run.reporter.info(
         f"training {ready.student.parameters:,} parameters for {trainer.plan.steps} steps ({config.method_name})"
     )
     history = trainer.train()
-    ready.student.model = parallel.gathered(ready.method.finish())
+    student = ready.student
+    student.model = parallel.gathered(ready.method.finish())
+    if config.student.lora_adapter and run.rank == 0:
+        lora.save_adapter(student.model, student.ref, student.revision, output.kept / lora.ADAPTER)
+    lora.merge(student.model)
     return history
 
 
@@ -272,6 +242,8 @@ def _finish(ready: Ready, history: History, config: RunConfig, run: Run, output:
     task, staging = ready.task, output.staging
     student = ready.student
     save_model(student, staging, config.output)
+    if output.kept.is_dir():
+        shutil.copytree(output.kept, staging, dirs_exist_ok=True)
     if config.output.save_teacher and ready.teacher is not None:
         save_model(ready.teacher, staging / KEPT_TEACHER, config.output)
     probe = task.example_inputs(ready.encoded.test, min(_PROBE_ROWS, len(ready.encoded.test)))

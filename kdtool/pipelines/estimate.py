@@ -15,7 +15,7 @@ from torch import nn
 
 from kdtool.config import RunConfig
 from kdtool.data.examples import Examples
-from kdtool.registry import METHODS
+from kdtool.registry import METHODS, TASKS
 from kdtool.run import Run
 from kdtool.tasks._base import Task
 
@@ -71,18 +71,19 @@ def size_of(config: Any, model: nn.Module) -> Size:
 def tokens_of(config: RunConfig, task: Task, rows: Examples | None, size: Size) -> tuple[float, int, int] | None:
     """Mean and largest number of tokens of a training row, and how many rows there are; None where unknown.
 
-    Rows of language models are windows, so there are fewer or more of them than texts.
+    Rows of plain text for language models are windows, so there are fewer or more of them than texts.
     """
     if rows is None or size.tokens is None:
         return None
-    if "text" not in rows.columns:
+    names = [name for name in ("text", "text_pair", "prompt", "input", "response") if name in rows.columns]
+    if not names:
         return (float(size.tokens), size.tokens, len(rows)) if "image" in rows.columns else None
     bound = config.data.max_length or min(size.tokens, _LONGEST)
     chosen = np.linspace(0, len(rows) - 1, min(_SAMPLE, len(rows)), dtype=np.int64)
-    columns = [rows.columns[name] for name in ("text", "text_pair") if name in rows.columns]
+    columns = [rows.columns[name] for name in names]
     lengths = np.array([sum(len(str(column[int(i)]).split()) for column in columns) for i in chosen])
     lengths = lengths * _TOKENS_PER_WORD + 2
-    if not task.classifies:
+    if not task.classifies and "text" in names:
         return float(bound), bound, max(1, round(float(lengths.mean()) * len(rows) / bound))
     lengths = np.minimum(lengths, bound)
     return float(lengths.mean()), int(lengths.max()), len(rows)
@@ -157,7 +158,11 @@ def _activations(config: RunConfig, run: Run, student: Size, tokens: tuple[float
     units = config.train.batch_size * tokens[1]
     kept = units * student.width * student.layers * _VALUES_PER_LAYER * each
     # a language model's logits, their softmax and their gradient, for student and teacher
-    return kept + (4 * 4 * units * student.classes if config.data.task == "causal-lm" else 0)
+    return kept + (4 * 4 * units * student.classes if _predicts_tokens(config) else 0)
+
+
+def _predicts_tokens(config: RunConfig) -> bool:
+    return config.data.task is not None and not TASKS.info(config.data.task).facts.get("classifies", True)
 
 
 def _reads(config: RunConfig) -> bool:
@@ -170,8 +175,9 @@ def _cache_bytes(config: RunConfig, teacher: Size | None, tokens: tuple[float, i
         return 0
     if config.augment.active and not config.augment.views:
         return 0  # each epoch has views of its own
-    units = tokens[2] * (tokens[1] - 1 if config.data.task == "causal-lm" else 1)
-    size = 4 * units * teacher.classes * _views(config)
+    units = tokens[2] * (tokens[1] - 1 if _predicts_tokens(config) else 1)
+    kept = config.train.teacher_cache_top_k
+    size = units * (4 * teacher.classes if kept is None else 6 * min(kept, teacher.classes) + 4) * _views(config)
     return size if size <= config.train.teacher_cache_limit * 2**20 else 0
 
 

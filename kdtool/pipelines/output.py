@@ -42,6 +42,7 @@ class Output:
         writer: False for a process that leaves the folder to another one.
 
     Attributes:
+        kept: Where files are written during training that belong to the result.
         complete: True when only the last moves of this very run were missing and are made now.
 
     Raises:
@@ -54,6 +55,7 @@ class Output:
         self.work = folder / WORK
         self.staging = self.work / "staging"
         self.checkpoints = self.work / "checkpoints"
+        self.kept = self.work / "kept"
         self.mark = fingerprint(config)
         self.writer = writer
         self.complete = False
@@ -153,7 +155,7 @@ class Output:
 
     def release(self) -> None:
         """Give up a claim that has nothing worth keeping."""
-        if not self.writer or not self.work.exists() or any(self.checkpoints.glob("step-*")):
+        if not self.writer or not self.work.exists() or any(self.checkpoints.rglob("step-*")):
             return
         if self._claim().get("state") != "moving":
             self._end()

@@ -9,7 +9,7 @@ import torch
 from kdtool import gates
 from kdtool.config import RunConfig
 from kdtool.data.examples import Examples
-from kdtool.metrics import fit_temperature, reliability_bins, score
+from kdtool.metrics import agreement, fit_temperature, reliability_bins, score
 from kdtool.models import Loaded
 from kdtool.proof import Proof, Side, retention
 from kdtool.run import Run
@@ -71,7 +71,7 @@ def measure(
     run: Run,
     teacher: int | None = None,
     validation: Examples | None = None,
-) -> Side:
+) -> tuple[Side, Evaluation]:
     """Score one model on the test rows; validation rows serve only to fit a temperature."""
     names = config.eval.metrics or list(task.metrics)
     model = loaded.model.to(run.device)
@@ -79,7 +79,7 @@ def measure(
     bins = (
         reliability_bins(found.logits, found.labels) if found.logits is not None and found.labels is not None else None
     )
-    return Side(
+    side = Side(
         name=loaded.ref,
         revision=loaded.revision,
         parameters=loaded.parameters,
@@ -89,6 +89,16 @@ def measure(
         reliability=bins,
         scaling=scaling(task, loaded, found, validation, config, run, teacher),
     )
+    return side, found
+
+
+def agree(side: Side, student: Evaluation, teacher: Evaluation, names: Sequence[str]) -> None:
+    """Note how often student and teacher rank the same class or token first, where that is asked for."""
+    for name in names:
+        if name.replace("_", "-") == "agreement" and student.predictions is not None and student.units is not None:
+            assert teacher.predictions is not None
+            value, error = agreement.measured(student.predictions, teacher.predictions, student.units)
+            side.metrics[name], side.errors[name] = value, error
 
 
 def compare(
@@ -99,17 +109,26 @@ def compare(
     config: RunConfig,
     run: Run,
     validation: Examples | None = None,
+    teacher_data: Examples | None = None,
 ) -> Proof:
-    """Score and time the student, and the teacher beside it; with validation rows also their temperatures."""
+    """Score and time the student, and the teacher beside it; with validation rows also their temperatures.
+
+    With `teacher_data` the teacher sees those rows, encoded for it alone, instead of its view of `data`.
+    """
     say = run.reporter.info
     say(f"scoring on {len(data)} test rows")
-    left = measure(task, student, data, config, run, None, validation)
-    right = None if teacher is None else measure(task, teacher, data, config, run, 0, validation)
+    left, seen = measure(task, student, data, config, run, None, validation)
+    right = None
+    if teacher is not None:
+        rows, view = (data, 0) if teacher_data is None else (teacher_data, None)
+        right, beside = measure(task, teacher, rows, config, run, view, validation)
+        if teacher_data is None or task.classifies:  # else their tokens are not the same
+            agree(left, seen, beside, config.eval.metrics or task.metrics)
     proof = Proof(left, right)
     if right is not None:
         proof.retention = retention(left.metrics, right.metrics)
     if config.eval.latency:
-        _time(task, student, teacher, data, config, run, proof)
+        _time(task, student, teacher, data, config, run, proof, teacher_data)
     proof.gates = [
         gates.check(gate, left.metrics, right.metrics if right else None, proof.retention)
         for gate in gates.parse_gates(config.eval.fail_under)
@@ -118,7 +137,14 @@ def compare(
 
 
 def _time(
-    task: Task, student: Loaded, teacher: Loaded | None, data: Examples, config: RunConfig, run: Run, proof: Proof
+    task: Task,
+    student: Loaded,
+    teacher: Loaded | None,
+    data: Examples,
+    config: RunConfig,
+    run: Run,
+    proof: Proof,
+    teacher_data: Examples | None = None,
 ) -> None:
     sizes: Sequence[int] = config.eval.latency_batches
     repeats = config.eval.latency_repeats
@@ -127,7 +153,8 @@ def _time(
     views = {"student": batches}
     if teacher is not None:
         models["teacher"] = teacher.model
-        views["teacher"] = {size: task.example_inputs(data, size, 0) for size in sizes}
+        rows, view = (data, 0) if teacher_data is None else (teacher_data, None)
+        views["teacher"] = {size: task.example_inputs(rows, size, view) for size in sizes}
     timed = latency(task, models, views, repeats, run.device)
     proof.student.latency = timed["student"]
     if proof.teacher is not None:

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdtool import gates
-from kdtool.benchmarks import load_benchmark
+from kdtool import lora
+from kdtool.benchmarks import HARNESS, load_benchmark
 from kdtool.config import RunConfig
 from kdtool.data.examples import DataSplits, Examples
 from kdtool.data.labels import match_labels
@@ -31,9 +31,11 @@ from kdtool.models import (
 )
 from kdtool.patching import KEY, install, layers_of
 from kdtool.pipelines.architectures import task_by_optimum
-from kdtool.registry import METRICS, TASKS
+from kdtool.pipelines.measured import check_responses
+from kdtool.registry import TASKS
 from kdtool.run import Reporter, Run, Silent
 from kdtool.tasks._base import TEACHER_PREFIX, Task
+from kdtool.teacher_cache import read_marks
 from kdtool.train import parallel
 from kdtool.train.state import seed_everything
 
@@ -42,6 +44,8 @@ _TASK_OF_AUTO = {
     "AutoModelForImageClassification": "image-classification",
     "AutoModelForAudioClassification": "audio-classification",
     "AutoModelForCausalLM": "causal-lm",
+    "AutoModelForSeq2SeqLM": "seq2seq-lm",
+    "AutoModelForMaskedLM": "masked-lm",
 }
 _TABULAR = frozenset({"kdtool-tabular", "TabularClassifier", "SimKDForTabularClassification"})
 
@@ -101,6 +105,11 @@ def apply_benchmark(config: RunConfig) -> None:
     """Fill in what a named benchmark says and the configuration leaves open."""
     if config.eval.benchmark is None:
         return
+    if config.eval.benchmark.startswith(HARNESS):
+        raise UsageProblem(
+            f"--benchmark {config.eval.benchmark} scores a finished model, it is no data for {config.command}",
+            hint=f"kdtool evaluate MODEL --benchmark {config.eval.benchmark}",
+        )
     benchmark = load_benchmark(config.eval.benchmark)
     for key in ("task", "source", "text", "text_pair", "label", "image", "audio", "train_split", "test_split"):
         value = getattr(benchmark, key)
@@ -117,6 +126,8 @@ def pick_task(config: RunConfig, reference: str | None, run: Run) -> Task:
         UsageProblem: unknown or not to be guessed.
     """
     name = config.data.task
+    if name is None and config.teacher.cache is not None:
+        name = read_marks(Path(config.teacher.cache).expanduser()).get("task")
     if name is None and reference is not None:
         path = Path(reference).expanduser()
         if path.suffix == ".json" and path.is_file():
@@ -124,6 +135,8 @@ def pick_task(config: RunConfig, reference: str | None, run: Run) -> Task:
         else:
             folder, _ = resolve(reference, run, _role(config, reference))
             name = _task_of(read_config(folder, reference))
+            if name == "masked-lm" and config.data.label is not None:
+                name = "text-classification"  # its body, with a new head
     if name is None:
         roles = [key for key in ("text", "image", "audio") if getattr(config.data, key)]
         guess = {"text": "text-classification", "image": "image-classification", "audio": "audio-classification"}
@@ -151,24 +164,6 @@ def _role(config: RunConfig, reference: str) -> str:
     if config.command != "distill":
         return "model"
     return "teacher" if reference == config.teacher.model else "student"
-
-
-def check_metrics(config: RunConfig, task: Task) -> None:
-    """Refuse metrics that the task does not have, and gates on what is not measured, before any work.
-
-    Raises:
-        UsageProblem: the first of them.
-    """
-    measured = config.eval.metrics or list(task.metrics)
-    for name in measured:
-        if task.classifies:
-            METRICS.check(name.replace("_", "-"))
-        elif name not in task.metrics:
-            raise UsageProblem(f"{task.name} has no metric '{name}'", hint=f"metrics: {', '.join(task.metrics)}")
-    made_up = dict.fromkeys(measured, 1.0)
-    beside = made_up if config.teacher.model is not None else {}
-    for gate in gates.parse_gates(config.eval.fail_under):
-        gates.check(gate, made_up, beside, beside)
 
 
 def load_processor(loaded: Loaded, task: Task, run: Run, fallback: Loaded | None = None) -> None:
@@ -242,8 +237,10 @@ def get_data(config: RunConfig, task: Task, run: Run, score_only: bool = False) 
     """Raw data with columns named by role."""
     if config.data.source is None:
         raise UsageProblem("no data given", hint="--data FOLDER, FILE, Hub id or shipped set")
-    data = load_data(config.data, task.columns, task.optional_columns, run, score_only=score_only)
+    others = task.other_columns
+    data = load_data(config.data, task.columns, task.optional_columns, run, others=others, score_only=score_only)
     run.provenance["data"] = data.provenance
+    check_responses(config, data)
     return data
 
 
@@ -325,6 +322,7 @@ def load_student(config: RunConfig, task: Task, data: DataSplits, teacher: Loade
         UsageProblem, ModelProblem: it cannot be had or does not fit.
     """
     reference = config.student.model
+    lora.check(config.student)
     if reference is None:
         raise UsageProblem("no student given", hint="--student layers:N, a folder, a Hub id or a configuration file")
     path = Path(reference).expanduser()
@@ -339,6 +337,10 @@ def load_student(config: RunConfig, task: Task, data: DataSplits, teacher: Loade
         load_processor(student, task, run, teacher)
         if data.labels and not student.facts["new_weights"] and student.labels != data.labels:
             _check_student_labels(student, data.labels)
+    if getattr(student.model, "quantized", False):
+        raise ModelProblem(
+            f"student '{reference}' cannot be trained: its weights are quantised", hint="train first, then quantize"
+        )
     if config.student.init == "random" and student.facts["new_weights"] != ["all"]:
         layers = layers_of(student.model)
         student.model = type(student.model)(copy.deepcopy(student.model.config)).eval()
@@ -347,6 +349,7 @@ def load_student(config: RunConfig, task: Task, data: DataSplits, teacher: Loade
         student.facts["new_weights"] = ["all"]
     if data.labels:
         name_classes(student, data.labels)
+    lora.add(student, config.student, run)
     _freeze(student, config.student.freeze)
     return student
 

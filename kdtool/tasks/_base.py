@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kdtool.config import RunConfig
+from kdtool.config import AugmentSection, RunConfig
 from kdtool.data.examples import Examples
+from kdtool.divergences import Head
 from kdtool.models import Loaded
 from kdtool.run import Run
 
@@ -45,6 +46,21 @@ class Outputs:
     labels: Tensor | None
 
 
+@dataclass(frozen=True, slots=True)
+class States:
+    """What a language model's head turns into logits, of the units that count.
+
+    Attributes:
+        hidden: [units, width]
+        head: The head.
+        labels: [units] int64 token ids.
+    """
+
+    hidden: Tensor
+    head: Head
+    labels: Tensor
+
+
 @dataclass(slots=True)
 class Evaluation:
     """Result of scoring a model.
@@ -55,6 +71,8 @@ class Evaluation:
         logits: [examples, classes] float32 for classifiers, else None.
         labels: [examples] int64 for classifiers, else None.
         examples: Number of examples scored.
+        predictions: [units] the classes or tokens ranked first, row by row; None where unknown.
+        units: [examples] number of units of each row beside them.
     """
 
     metrics: dict[str, float]
@@ -62,6 +80,8 @@ class Evaluation:
     logits: np.ndarray | None
     labels: np.ndarray | None
     examples: int
+    predictions: np.ndarray | None = None
+    units: np.ndarray | None = None
 
 
 class Task:
@@ -76,11 +96,15 @@ class Task:
     processor_class: ClassVar[str]
     """Name of the transformers Auto class that loads what makes the inputs."""
     columns: ClassVar[tuple[str, ...]]
-    """Roles a data set must fill, out of text, text_pair, label, image, audio."""
+    """Roles a data set must fill, out of those in `kdtool.data.columns` and features."""
+    other_columns: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    """Sets of roles that do instead of them."""
     optional_columns: ClassVar[tuple[str, ...]] = ()
     metrics: ClassVar[tuple[str, ...]]
     """Default metrics; the first is the main one."""
     default_lr: ClassVar[float] = 1e-4
+    writes: ClassVar[bool] = False
+    """True if models of this task write texts, which metrics can compare."""
     classifies: ClassVar[bool] = True
     """True if units are examples with one class each."""
 
@@ -104,12 +128,36 @@ class Task:
         """
         raise NotImplementedError
 
+    def views(self, rows: Examples, settings: AugmentSection) -> Any:
+        """What makes training rows of this task differ from epoch to epoch, a `kdtool.tasks._views.Views`, or None."""
+        return None
+
+    def packed(self, rows: Examples, models: Sequence[nn.Module]) -> Examples | None:
+        """Encoded training rows that `collate` puts side by side, for models that keep them apart.
+
+        Returns:
+            The rows; None where the task has no such rows, or a model cannot.
+        """
+        return None
+
     def collate(self, items: Sequence[Mapping[str, Any]]) -> Batch:
         """Pad and stack encoded examples."""
         raise NotImplementedError
 
     def forward(self, model: nn.Module, batch: Batch) -> Outputs:
         """Run a model on a batch."""
+        raise NotImplementedError
+
+    def units(self, batch: Batch) -> Tensor:
+        """How many units each example of a language model's batch has, [examples] int64; `forward` keeps the order."""
+        raise NotImplementedError
+
+    def has_states(self, model: nn.Module) -> bool:
+        """Whether `states` can take the place of `forward`, so that no logits need be held as a whole."""
+        return False
+
+    def states(self, model: nn.Module, batch: Batch) -> States:
+        """Run the body of a language model on a batch."""
         raise NotImplementedError
 
     def evaluate(
