@@ -77,7 +77,8 @@ def halved(
         own = slice(number * chunk, min((number + 1) * chunk, n))
         seen = None if valid is None else valid[:, own]
         bias = None if seen is None else _minus_inf(~seen)[:, None, None]
-        parts = [Part(*(x[:, None, own].expand(-1, groups, -1, -1) for x in (k, v)), bias, True)]
+        own_k, own_v = (x[:, None, own].expand(-1, groups, -1, -1) for x in (k, v))
+        parts = [Part(own_k, own_v, bias, True)]
         for bounds in _before(number, chunk):
             if bounds not in segments:
                 before = slice(*bounds)
@@ -142,11 +143,11 @@ def _parts(segment: Segment, rank: Tensor, seen: Tensor | None) -> list[Part]:
         outside = segment.samples.unsqueeze(1) // bucket != of_tile.unsqueeze(2)
         away = segment.hidden.flatten(1).gather(1, segment.samples).unsqueeze(1)
         bias = segment.weights.unsqueeze(1).masked_fill(~outside | away, _HIDDEN).unsqueeze(2).float()
-        drawn = (
+        drawn_k, drawn_v = (
             rows_at(x.flatten(1, 2), segment.samples).unsqueeze(1).expand(-1, of_tile.shape[1], -1, -1)
             for x in (segment.k, segment.v)
         )
-        found.append(Part(*drawn, bias, tiles=tiles))
+        found.append(Part(drawn_k, drawn_v, bias, tiles=tiles))
     return found
 
 

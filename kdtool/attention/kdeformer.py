@@ -3,7 +3,8 @@
 Queries and keys are sorted by hyperplane hashes in an order that changes one bit at a time. Block t of the
 queries attends exactly to block t of the keys; m keys, drawn with P_j ~ |V+_j| / lam + 1/n (V+ = [V, 1], lam the
 largest eigenvalue of V+^T V+), stand for the rest with weights 1 / (m P_j). The defects of the published code
-(no maximum subtracted, fixed multiples, no masks) are mended. Causal attention is halved as in HyperAttention, without its look ahead.
+(no maximum subtracted, fixed multiples, no masks) are mended. Causal attention is halved as in HyperAttention, without
+its look ahead.
 """
 
 from dataclasses import dataclass

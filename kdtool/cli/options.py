@@ -187,6 +187,15 @@ RecoverMethod = Annotated[
         autocompletion=complete.names("methods"),
     ),
 ]
+Budget = Annotated[
+    str | None,
+    _option(
+        "--budget",
+        panel=METHOD,
+        text="Search settings that leave a share of parameters, bytes or latency.",
+        metavar="parameters=0.5",
+    ),
+]
 
 # Optimisation
 Epochs = Annotated[float | None, _option("--epochs", panel=OPTIMISATION, text="Passes over the data.", metavar="X")]
@@ -322,6 +331,7 @@ KEYS: Mapping[str, str] = {
     "method": "method.name",
     "recover": "recover.steps",
     "recover_method": "recover.method",
+    "budget": "search.budget",
     "epochs": "train.epochs",
     "max_steps": "train.max_steps",
     "batch_size": "train.batch_size",
