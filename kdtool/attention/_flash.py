@@ -96,7 +96,10 @@ class _Merged(torch.autograd.Function):
             stack = torch.stack([lse for _, lse in found])
             lse = torch.logsumexp(stack, 0)
             shares = torch.exp(stack - lse.masked_fill(lse == _HIDDEN, 0.0)).unsqueeze(-1)
-            out = sum(share * part.to(share.dtype) for share, (part, _) in zip(shares, found, strict=True)).to(q.dtype)
+            mixed = shares[0] * found[0][0].to(shares.dtype)
+            for share, (part, _) in zip(shares[1:], found[1:], strict=True):
+                mixed.addcmul_(share, part.to(share.dtype))
+            out = mixed.to(q.dtype)
         ctx.spec = spec
         ctx.save_for_backward(q, out, lse, *kv)
         ctx.mark_non_differentiable(lse)

@@ -82,13 +82,13 @@ def blocks_and_samples(
     sorted_k, sorted_v = rows_at(k, key_order), rows_at(v, key_order)
     hidden = None if valid is None else ~valid.gather(1, key_order)
     fill, more = blocks * bucket - n, blocks * size - nq
-    own_k, own_v = (functional.pad(x, (0, 0, 0, fill)).reshape(sets, blocks, bucket, -1) for x in (sorted_k, sorted_v))
+    own_k, own_v = (_filled(x, fill).reshape(sets, blocks, bucket, -1) for x in (sorted_k, sorted_v))
     bias = None
     if fill or hidden is not None:
         gone = torch.zeros((sets, n), dtype=torch.bool, device=q.device) if hidden is None else hidden
         gone = functional.pad(gone, (0, fill), value=True).reshape(sets, blocks, 1, bucket)
         bias = torch.zeros(gone.shape, device=q.device).masked_fill_(gone, _HIDDEN)
-    rows = functional.pad(rows_at(q, query_order), (0, 0, 0, more)).reshape(sets, blocks, size, width)
+    rows = _filled(rows_at(q, query_order), more).reshape(sets, blocks, size, width)
     parts = [Part(own_k, own_v, bias)]
     if samples is not None and weights is not None:
         outside = samples.unsqueeze(1) // bucket != torch.arange(blocks, device=q.device)[:, None]
@@ -101,6 +101,11 @@ def blocks_and_samples(
     places = torch.arange(nq, device=q.device).expand(sets, -1)
     back = torch.zeros_like(query_order).scatter(1, query_order, places)
     return rows_at(out.flatten(1, 2), back), lse.flatten(1, 2).gather(1, back)
+
+
+def _filled(x: Tensor, rows: int) -> Tensor:
+    """Rows of zeros behind those of x [X, n, d]; no copy where there are none."""
+    return functional.pad(x, (0, 0, 0, rows)) if rows else x
 
 
 def log_weights(p: Tensor, samples: Tensor) -> Tensor:
