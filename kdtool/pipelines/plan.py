@@ -12,6 +12,7 @@ import transformers
 from kdtool.config import RunConfig, stages
 from kdtool.derive import depth_of, layer_indices
 from kdtool.hub import ModelRef, fetch_config
+from kdtool.modeling.compressed import weights_of
 from kdtool.models import auto_class, plain_model_errors, read_config
 from kdtool.pipelines import setup
 from kdtool.pipelines.estimate import Size, estimate, size_of, tokens_of, without_layers
@@ -39,7 +40,7 @@ def _shape(reference: str, task: Task, run: Run) -> tuple[int, str | None, Any]:
         config = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
         known = type(config) in auto_class(task.auto_class)._model_mapping
         model = (auto_class(task.auto_class) if known else auto_class("AutoModel")).from_config(config)
-    return sum(p.numel() for p in model.parameters()), revision, (config, model)
+    return weights_of(model), revision, (config, model)
 
 
 def plan(config: RunConfig, run: Run | None = None, processes: int = 1) -> dict[str, Any]:
