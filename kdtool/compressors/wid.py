@@ -11,12 +11,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from kdtool.compressors._base import Context, body_config, rebuilt
+from kdtool.compressors._base import Context, Made, body_config, rebuilt
 from kdtool.compressors._wid_anatomy import Anatomy, anatomy_of
 from kdtool.compressors._wid_merge import largest_dropped_norm
 from kdtool.compressors._wid_method import Goal, Inheritance
 from kdtool.compressors._wid_schedule import intervals
 from kdtool.errors import KdtoolError, ModelProblem, UsageProblem
+from kdtool.lazy import held
 from kdtool.models import Loaded
 from kdtool.train.loop import Trainer
 from kdtool.train.rehearsal import rehearse
@@ -24,8 +25,8 @@ from kdtool.verify import outputs
 
 paper = "Wu et al.: Weight-Inherited Distillation for Task-Agnostic BERT Compression, 2024, arXiv:2305.09098"
 trains = True
-tasks = frozenset({"text-classification", "image-classification"})
-needs = "an encoder: decoders can lose layers, neurons and heads by other compressors"
+tasks = frozenset({"masked-lm", "text-classification", "image-classification"})
+needs = "an encoder"
 
 _PUBLISHED_INTERVAL = 500
 _SHARE = 4
@@ -142,7 +143,7 @@ def untied(loaded: Loaded, anatomy: Anatomy) -> Loaded:
     if "mlm" in anatomy.sizes and getattr(model.config, "tie_word_embeddings", False):
         changed = copy.deepcopy(model.config)
         changed.tie_word_embeddings = False
-        return rebuilt(loaded, changed, model.state_dict())
+        return rebuilt(loaded, Made(changed, held(model.state_dict())))
     return Loaded(model, loaded.processor, loaded.ref, None, None, loaded.facts)
 
 
@@ -152,12 +153,9 @@ def _check_fit(method: Inheritance, loaded: Loaded, config: Config) -> None:
     Raises:
         ModelProblem: they differ, so some part of this architecture is not known.
     """
-    last = intervals(method.anatomy.hidden, config.hidden, method.anatomy.head_size, config.strategy)
-    kept = {group: mask.clone() for group, mask in method.keep.items()}
-    method.choose(last)
-    rebuilt(loaded, shrunk(loaded, config, method.anatomy), method.inherited())
-    for group, mask in method.keep.items():
-        mask.copy_(kept[group])
+    method.choose(method.config.schedule)
+    rebuilt(loaded, Made(shrunk(loaded, config, method.anatomy), held(method.inherited())))
+    method.keep_all()
 
 
 def _relative(found: Tensor, expected: Tensor) -> float:
@@ -170,7 +168,6 @@ def _exactness(method: Inheritance, made: nn.Module, context: Context) -> dict[s
     Raises:
         KdtoolError: the merged model is not the masked one.
     """
-    method.student.to("cpu").eval()
     method.to("cpu")
     assert context.batches
     batch = context.batches[0]
@@ -206,13 +203,15 @@ def compress(loaded: Loaded, config: Config, context: Context) -> Loaded:
     settings = context.train.model_copy(
         update={"max_steps": config.steps, "lr": config.lr, "head_lr": config.weights_lr}
     )
-    trainer = Trainer(method, context.rows, settings, context.run, method.is_own_weight, context.checkpoints)
+    trainer = Trainer(
+        method, context.rows, settings, context.run, method.is_own_weight, context.checkpoints, context.views
+    )
     rehearse(trainer)
     context.run.reporter.info(
         f"wid: training {sum(p.numel() for p in method.parameters()):,} parameters for {trainer.plan.steps} steps"
     )
     history = trainer.train()
-    made = rebuilt(source, shrunk(source, config, anatomy), method.inherited())
+    made = rebuilt(source, Made(shrunk(source, config, anatomy), held(method.inherited())))
     norm = largest_dropped_norm(method.student, anatomy, method.keep)
     exact = _exactness(method, made.model, context)
     if exact["zeroing_change"] > _ABRUPT:

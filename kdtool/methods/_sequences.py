@@ -22,8 +22,10 @@ from kdtool.methods import _base
 from kdtool.methods._kept import Kept
 from kdtool.models import Loaded
 from kdtool.tasks._base import LABELS, ROWS, VIEW, Batch, Task
+from kdtool.tasks._heads import body_of
 from kdtool.tasks._language import IGNORED
 from kdtool.tasks._packing import POSITIONS
+from kdtool.tasks._writing import ends_of
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class RepairConfig:
     k: Annotated[int, Field(gt=0)] = 25
     """Rank up to which the teacher lets a token pass; the size of the vocabulary makes it on-policy."""
     gamma: Annotated[int, Field(gt=0)] = 5
-    """Tokens drafted before the teacher looks; changes the speed, not the texts."""
+    """The most tokens drafted before the teacher looks; changes the speed, not the texts."""
     expected_seq_len: Annotated[int, Field(ge=0)] = 0
     """Tokens over which k falls to 1 within a text, a step after each so many blocks of gamma; 0 leaves it."""
     student_temperature: Annotated[float, Field(ge=0)] = 0.5
@@ -130,8 +132,7 @@ class SequenceMethod(_base.Method):
         self.vocabulary = min([len(student.processor), *sizes])
         # a window longer than the model's positions cannot be, so what follows a prompt in the data always fits
         self.positions = min(int(getattr(model.config, "max_position_embeddings", None) or 2**31) for model in models)
-        end = student.processor.eos_token_id
-        self.stop = () if end is None else (int(end),)
+        self.stop = tuple(ends_of(self.student, student.processor))
         strings = getattr(config, "stop_strings", None)
         self.stop_strings = StopStrings(student.processor, strings) if strings else None
         self.kept = Kept(student.processor)
@@ -142,7 +143,7 @@ class SequenceMethod(_base.Method):
         return [self.student, *(teacher.model for teacher in self.teacher_list)]
 
     def setup(self, batch: Batch, data: Examples) -> None:
-        """Check on a first batch that both models' heads give their logits.
+        """Check that both models' heads give their logits.
 
         Raises:
             TrainingProblem: one does not, so the loss could not be made from hidden states.
@@ -151,18 +152,12 @@ class SequenceMethod(_base.Method):
             raise TrainingProblem(
                 "this method needs the whole output embedding in each process", hint="--set train.parallel=ddp"
             )
-        training = self.student.training
-        self.student.eval()
         for model in self.models:
-            with torch.no_grad():
-                hidden = self.hidden(model, batch["input_ids"])
-                expected = model(input_ids=batch["input_ids"], use_cache=False).logits
-            if not torch.allclose(head_of(model).logits(hidden), expected, rtol=1e-2, atol=1e-2):
+            if not self.task.has_states(model):
                 raise TrainingProblem(
                     f"the logits of {type(model).__name__} are not those of its output embedding",
                     hint="use another method, such as kd",
                 )
-        self.student.train(training)
 
     @staticmethod
     def hidden(model: Any, ids: Tensor, positions: Tensor | None = None) -> Tensor:
@@ -172,7 +167,7 @@ class SequenceMethod(_base.Method):
         start anew keep texts of one row apart.
         """
         inputs = {} if positions is None else {POSITIONS: positions}
-        found: Tensor = model.base_model(input_ids=ids, use_cache=False, **inputs).last_hidden_state
+        found: Tensor = body_of(model)(input_ids=ids, use_cache=False, **inputs).last_hidden_state
         return found
 
     def prompts(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -265,7 +260,7 @@ class SequenceMethod(_base.Method):
         training = self.student.training
         self.student.eval()
         out = generate(
-            writer, teacher, start, (places >= 0).long(), uniforms(numbers, int(limits.max())), settings, limits
+            writer, teacher, start, (places >= 0).long(), uniforms(numbers, max(1, int(limits.max()))), settings, limits
         )
         self.student.train(training)
         text = _joined(batch["input_ids"], first, out, settings)

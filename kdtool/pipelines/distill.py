@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kdtool import lora
 from kdtool.card import write_card
 from kdtool.config import RunConfig
 from kdtool.data.examples import DataSplits, Examples
@@ -158,7 +159,11 @@ def train(ready: Ready, config: RunConfig, run: Run, output: Output) -> History:
         f"training {ready.student.parameters:,} parameters for {trainer.plan.steps} steps ({config.method_name})"
     )
     history = trainer.train()
-    ready.student.model = parallel.gathered(ready.method.finish())
+    student = ready.student
+    student.model = parallel.gathered(ready.method.finish())
+    if config.student.lora_adapter and run.rank == 0:
+        lora.save_adapter(student.model, student.ref, student.revision, output.kept / lora.ADAPTER)
+    lora.merge(student.model)
     return history
 
 

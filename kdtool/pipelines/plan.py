@@ -15,6 +15,7 @@ from kdtool.hub import ModelRef, fetch_config
 from kdtool.models import auto_class, plain_model_errors, read_config
 from kdtool.pipelines import setup
 from kdtool.pipelines.estimate import Size, estimate, size_of, tokens_of, without_layers
+from kdtool.pipelines.harness import is_harness
 from kdtool.pipelines.measured import check_metrics
 from kdtool.pipelines.push import check_push
 from kdtool.registry import METHODS
@@ -55,7 +56,8 @@ def plan(config: RunConfig, run: Run | None = None, processes: int = 1) -> dict[
     run = run or setup.make_run(config)
     run.world = max(processes, int(os.environ.get("WORLD_SIZE", "1")))
     check_push(config, run)
-    setup.apply_benchmark(config)
+    if not (config.command == "evaluate" and is_harness(config)):
+        setup.apply_benchmark(config)
     first = config.teacher.model or config.student.model
     task = setup.pick_task(config, first, run)
     check_metrics(config, task)
@@ -98,6 +100,8 @@ def plan(config: RunConfig, run: Run | None = None, processes: int = 1) -> dict[
     if config.command == "compress":
         result["stages"] = [{"name": name, **values} for name, values in stages(config)]
         result["recover"] = {"method": config.recover.method, "steps": config.recover.steps or 0}
+        if config.search.budget is not None:
+            result["budget"] = config.search.budget
     result["estimate"] = estimate(config, run, student, teacher, tokens, steps)
     result["output"] = config.output.folder
     return result

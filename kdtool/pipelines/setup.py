@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdtool.benchmarks import load_benchmark
+from kdtool import lora
+from kdtool.benchmarks import HARNESS, load_benchmark
 from kdtool.config import RunConfig
 from kdtool.data.examples import DataSplits, Examples
 from kdtool.data.labels import match_labels
@@ -104,6 +105,11 @@ def apply_benchmark(config: RunConfig) -> None:
     """Fill in what a named benchmark says and the configuration leaves open."""
     if config.eval.benchmark is None:
         return
+    if config.eval.benchmark.startswith(HARNESS):
+        raise UsageProblem(
+            f"--benchmark {config.eval.benchmark} scores a finished model, it is no data for {config.command}",
+            hint=f"kdtool evaluate MODEL --benchmark {config.eval.benchmark}",
+        )
     benchmark = load_benchmark(config.eval.benchmark)
     for key in ("task", "source", "text", "text_pair", "label", "image", "audio", "train_split", "test_split"):
         value = getattr(benchmark, key)
@@ -316,6 +322,7 @@ def load_student(config: RunConfig, task: Task, data: DataSplits, teacher: Loade
         UsageProblem, ModelProblem: it cannot be had or does not fit.
     """
     reference = config.student.model
+    lora.check(config.student)
     if reference is None:
         raise UsageProblem("no student given", hint="--student layers:N, a folder, a Hub id or a configuration file")
     path = Path(reference).expanduser()
@@ -330,6 +337,10 @@ def load_student(config: RunConfig, task: Task, data: DataSplits, teacher: Loade
         load_processor(student, task, run, teacher)
         if data.labels and not student.facts["new_weights"] and student.labels != data.labels:
             _check_student_labels(student, data.labels)
+    if getattr(student.model, "quantized", False):
+        raise ModelProblem(
+            f"student '{reference}' cannot be trained: its weights are quantised", hint="train first, then quantize"
+        )
     if config.student.init == "random" and student.facts["new_weights"] != ["all"]:
         layers = layers_of(student.model)
         student.model = type(student.model)(copy.deepcopy(student.model.config)).eval()
@@ -338,6 +349,7 @@ def load_student(config: RunConfig, task: Task, data: DataSplits, teacher: Loade
         student.facts["new_weights"] = ["all"]
     if data.labels:
         name_classes(student, data.labels)
+    lora.add(student, config.student, run)
     _freeze(student, config.student.freeze)
     return student
 
