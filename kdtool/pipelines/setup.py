@@ -403,10 +403,14 @@ def encode(
 ) -> Encoded:
     """Encode each split for the student, and again for a teacher with another processor."""
     shared = teacher is None or processor_key(teacher.processor) == processor_key(student.processor)
+    if teacher is not None and not shared:
+        shared = task.shares_inputs(student, teacher)
 
     def one(rows: Examples | None) -> Examples | None:
         if rows is None:
             return None
+        if not shared and teacher is not None and not task.classifies:
+            return task.encode_apart(rows, student, teacher, config, run)
         made = task.encode(rows, student, config, run)
         if not shared and teacher is not None:
             prefix = f"{TEACHER_PREFIX}0."
