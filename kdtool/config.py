@@ -33,11 +33,14 @@ class Section(BaseModel):
         return value
 
 
+_TEXT_FILES = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".parquet")
+
+
 class TeacherSection(Section):
     """The model to learn from (or, for one-model commands, the model itself)."""
 
     model: str | None = None
-    """Folder, or Hub id with an optional @revision."""
+    """Folder, Hub id with an optional @revision; where a method learns from texts also endpoint:URL#MODEL or a file."""
     fine_tune: bool = False
     """Fine-tune the teacher on the task first; the result is cached by fingerprint."""
     fine_tune_what: Literal["all", "head"] = "all"
@@ -46,6 +49,16 @@ class TeacherSection(Section):
     """Length of that fine-tuning."""
     fine_tune_lr: float = Field(1e-4, gt=0)
     """Peak learning rate of that fine-tuning."""
+
+    @property
+    def writes_only(self) -> bool:
+        """Whether it gives texts and no distributions: an endpoint, or a file of texts."""
+        return self.is_file or (self.model is not None and self.model.startswith("endpoint:"))
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it is a file of texts."""
+        return self.model is not None and self.model.lower().endswith(_TEXT_FILES)
 
 
 class StudentSection(Section):

@@ -28,7 +28,7 @@ from kdtool.config import AugmentSection
 from kdtool.data.batching import ordered_batches
 from kdtool.data.examples import Examples
 from kdtool.errors import ConfigProblem, OutputProblem, UsageProblem
-from kdtool.models import Loaded
+from kdtool.models import Loaded, weights_hash
 from kdtool.run import Run
 from kdtool.tasks._base import LABELS, Task, view_of
 from kdtool.tasks._views import Views, collated
@@ -67,13 +67,10 @@ def fingerprint(
         processor: Description of what makes the teacher's inputs.
         augment: How rows are altered; None, or nothing in it, where they are not.
     """
-    digest = hashlib.sha256()
     config: Any = teacher.model.config
-    for name, tensor in teacher.model.state_dict().items():
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     views = {"views": augment.model_dump_json()} if augment is not None and augment.active else {}
     return views | {
-        "teacher": digest.hexdigest(),
+        "teacher": weights_hash(teacher.model),
         "architecture": hashlib.sha256(json.dumps(config.to_diff_dict(), default=str).encode()).hexdigest(),
         "data": data_hash(data),
         "processor": hashlib.sha256(processor.encode()).hexdigest(),

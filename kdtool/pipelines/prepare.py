@@ -1,0 +1,145 @@
+"""What a method makes before it trains: files of rows in the work folder, kept with the result."""
+
+import json
+import shutil
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from kdtool.authors import Author, EndpointAuthor, LocalAuthor
+from kdtool.config import OutputSection, RunConfig, TrainSection
+from kdtool.data.examples import DataSplits, Examples
+from kdtool.data.readers import file_sha256
+from kdtool.endpoint import EndpointRef
+from kdtool.errors import UsageProblem
+from kdtool.methods._base import Method, Work
+from kdtool.models import Loaded, load_model
+from kdtool.pipelines import setup
+from kdtool.registry import METHODS
+from kdtool.run import Run
+from kdtool.saving import save_model
+from kdtool.tasks._base import Task
+from kdtool.train import parallel
+from kdtool.train.loop import Trainer
+from kdtool.train.state import generators, restore_generators, seed_everything
+from kdtool.writing import write_text
+
+KEPT = "data"
+"""Folder of the result that holds what was made."""
+
+
+def check_teacher(config: RunConfig) -> None:
+    """Refuse an endpoint or a file as the teacher of a method that needs its outputs.
+
+    Raises:
+        UsageProblem: it does, or the reference is wrong.
+    """
+    if not config.teacher.writes_only or METHODS.info(config.method_name).facts.get("teacher_writes"):
+        if config.teacher.model is not None and EndpointRef.matches(config.teacher.model):
+            EndpointRef.parse(config.teacher.model)
+        return
+    what = "a file" if config.teacher.is_file else "an endpoint"
+    fitting = [name for name in METHODS.names() if METHODS.info(name).facts.get("teacher_writes")]
+    raise UsageProblem(
+        f"method {config.method_name} needs a teacher in memory, and {what} gives only texts",
+        hint=f"methods that learn from texts: {', '.join(fitting)}",
+    )
+
+
+def prepared(method: Method, task: Task, data: DataSplits, config: RunConfig, run: Run, folder: Path) -> DataSplits:
+    """The data that a method makes of the data; leaves the random generators where they were.
+
+    Args:
+        method: The method.
+        task: Of its models.
+        data: Raw data.
+        config: The run's configuration.
+        run: Context.
+        folder: Work folder of the run; `data` in it is kept with the result.
+    """
+    before = generators()
+    with parallel.first_alone(run):
+        _renew(folder, config, data)
+        work = Work(
+            folder / KEPT,
+            config,
+            run,
+            cache(lambda: _teacher(task, config, run)),
+            lambda loaded: LocalAuthor(loaded, run, config.eval.batch_size),
+            _fitting(task, data, config, run, folder),
+        )
+        made = method.prepare(data, work)
+    restore_generators(*before)
+    if work.facts:
+        run.provenance["stages"] = dict(work.facts)
+    return made
+
+
+def _renew(folder: Path, config: RunConfig, data: DataSplits) -> None:
+    """Throw away what an earlier session made of other data or another teacher of the same name."""
+    files = [config.teacher.model] if config.teacher.is_file else []
+    files += [value for value in config.method_values.values() if isinstance(value, str) and Path(value).is_file()]
+    marks = {
+        "data": data.provenance.get("splits"),
+        "files": {str(name): file_sha256(Path(str(name)).expanduser()) for name in files if Path(str(name)).is_file()},
+    }
+    known = folder / "prepared.json"
+    text = json.dumps(marks, sort_keys=True, default=str)
+    if known.is_file() and known.read_text(encoding="utf-8") == text:
+        return
+    for old in ("data", "models"):
+        shutil.rmtree(folder / old, ignore_errors=True)
+    write_text(known, text)
+
+
+def _teacher(task: Task, config: RunConfig, run: Run) -> Author:
+    """The teacher as a writer."""
+    reference = str(config.teacher.model)
+    if EndpointRef.matches(reference):
+        return EndpointAuthor(EndpointRef.parse(reference), run)
+    loaded = load_model(reference, task.auto_class, run, "teacher")
+    setup.load_processor(loaded, task, run)
+    return LocalAuthor(loaded, run, config.eval.batch_size)
+
+
+def _fitting(
+    task: Task, data: DataSplits, config: RunConfig, run: Run, folder: Path
+) -> Callable[[str, Examples, TrainSection, str], Loaded]:
+    """`Work.fit`."""
+
+    def load(reference: str, name: str) -> Loaded:
+        path = Path(reference).expanduser()
+        if path.suffix == ".json" and path.is_file():
+            return setup.described(path, task, data, config, run)
+        loaded = load_model(reference, task.auto_class, run, name)
+        setup.load_processor(loaded, task, run)
+        return loaded
+
+    def fit(reference: str, rows: Examples, settings: TrainSection, name: str) -> Loaded:
+        kept = folder / "models" / name
+        if (kept / "config.json").is_file():
+            again = load(str(kept), name)
+            again.ref = reference
+            return again
+        seed_everything(run.seed)
+        loaded = load(reference, name)
+        if settings.epochs:
+            encoded = task.encode(rows, loaded, config, run)
+            method = METHODS.get("none")(METHODS.build_config("none", {}), loaded, [], task)
+            run.reporter.info(f"training the {name} ({loaded.parameters:,} parameters) on {len(encoded)} rows")
+            checkpoints = folder / "models" / f"{name}-checkpoints"
+            Trainer(method, encoded, settings, run, setup.is_head_of(loaded.model), checkpoints).train()
+            shutil.rmtree(checkpoints, ignore_errors=True)
+        _keep(loaded, kept)
+        return loaded
+
+    return fit
+
+
+def _keep(loaded: Loaded, folder: Path) -> None:
+    """Save a model in one rename."""
+    partial = folder.with_name(f".{folder.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    save_model(loaded, partial, OutputSection(dtype="float32"))
+    partial.rename(folder)
