@@ -7,6 +7,7 @@ changes nothing and exits 1 when a page is out of date, naming the page.
 import ast
 import contextlib
 import io
+import json
 import os
 import re
 import sys
@@ -65,6 +66,7 @@ def _value(value: Any) -> str:
     if value is None:
         return "-"
     text = str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+    text = json.dumps(text) if "\n" in text else text
     return f"`{text}`"
 
 

@@ -91,6 +91,20 @@ class DataSection(Section):
     """Column with the text, or the first sentence of a pair."""
     text_pair: str | None = None
     """Column with the second sentence of a pair."""
+    prompt: str | None = None
+    """Column with the prompt of a language model."""
+    input: str | None = None
+    """Column with what the prompt speaks of, put behind it (instruction and input)."""
+    response: str | None = None
+    """Column with the response to learn."""
+    messages: str | None = None
+    """Column with conversations: lists of messages, each with role and content."""
+    separator: str = "\n"
+    """Text between prompt, input and response, where there is no white space already."""
+    chat_template: bool = False
+    """Put prompts and responses into the tokenizer's chat template, as conversations are."""
+    long_prompts: Literal["drop", "cut"] = "drop"
+    """Prompts that leave no room for a response: leave the row out, or cut the prompt on the left."""
     label: str | None = None
     """Column with the class."""
     image: str | None = None

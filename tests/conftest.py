@@ -68,7 +68,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`data(NAME)`: a tiny data folder, made once: text, pairs, images, audio, table, plain."""
+    """`data(NAME)`: a tiny data folder, made once: text, pairs, images, audio, table, plain, prompts."""
     from tests import tiny
 
     root = tmp_path_factory.mktemp("data")
@@ -79,6 +79,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         "audio": tiny.audio_data,
         "table": tiny.table_data,
         "plain": tiny.plain_text,
+        "prompts": tiny.prompt_data,
     }
 
     @cache

@@ -59,11 +59,14 @@ class Kit:
         return batch | {ROWS: torch.tensor(rows)}
 
 
-def make_kit(task_name: str, models: Callable[[str], Path], data: Callable[[str], Path]) -> Kit:
+def make_kit(
+    task_name: str, models: Callable[[str], Path], data: Callable[[str], Path], source: str | None = None
+) -> Kit:
+    """The kit of a task, on the data named `source` instead of the task's usual ones."""
     assert task_name in PARTS, f"tests/kits.py has no tiny models and data for the task {task_name}: add them to PARTS"
     teacher_name, student_name, data_name = PARTS[task_name]
-    overrides = [f"data.task={task_name}", *OPTIONS.get(task_name, [])]
-    config = load_config("distill", None, overrides, {"data.source": str(data(data_name))})
+    overrides = [f"data.task={task_name}", *(OPTIONS.get(task_name, []) if source is None else [])]
+    config = load_config("distill", None, overrides, {"data.source": str(data(source or data_name))})
     run = Run(offline=True)
     task: Task = TASKS.get(task_name)()
     rows = get_data(config, task, run)

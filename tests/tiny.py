@@ -293,3 +293,21 @@ def plain_text(folder: Path, train: int = 40, test: int = 15) -> Path:
     for name, size, seed in (("train", train, 5), ("test", test, 6)):
         write_rows(folder / f"{name}.jsonl", [{"text": row["text"]} for row in text_rows(size, seed)])
     return folder
+
+
+def prompt_rows(size: int, seed: int) -> list[dict]:
+    """Rows with `prompt` and `response` of several lengths; the telling word of the prompt decides the response."""
+    generator = np.random.default_rng(seed)
+    rows = []
+    for i in range(size):
+        kind = LABELS[i % len(LABELS)]
+        response = " ".join(["it was", *["very"] * int(generator.integers(0, 4)), WORDS[kind][0]])
+        rows.append({"prompt": sentence(kind, generator), "response": response})
+    return rows
+
+
+def prompt_data(folder: Path, train: int = 30, test: int = 12) -> Path:
+    """train.jsonl and test.jsonl with prompts and responses."""
+    write_rows(folder / "train.jsonl", prompt_rows(train, 11))
+    write_rows(folder / "test.jsonl", prompt_rows(test, 12))
+    return folder

@@ -8,7 +8,7 @@ from kdtool.config import DataSection
 from kdtool.errors import DataProblem, nearest
 
 # A role of many columns, `features`, is filled in kdtool.data.table.
-ROLES = ("text", "text_pair", "label", "image", "audio")
+ROLES = ("text", "text_pair", "prompt", "input", "response", "messages", "label", "image", "audio")
 
 # The first name of each role wins when it is there; the others have to be alone.
 _NAMES: Mapping[str, tuple[str, ...]] = {
@@ -25,6 +25,10 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
         "document",
         "story",
     ),
+    "prompt": ("prompt", "instruction", "question", "input"),
+    "input": (),  # only beside an instruction, see _INSTRUCTIONS
+    "response": ("response", "completion", "output", "answer", "target"),
+    "messages": ("messages", "conversations", "conversation", "chat"),
     "label": ("label", "labels", "target", "intent", "category", "digit", "class"),
     "image": ("image", "img", "images", "picture", "photo", "pixel_values"),
     "audio": ("audio", "speech", "recording", "wav"),
@@ -38,10 +42,12 @@ _PAIRS = (
     ("question", "sentence"),
     ("text1", "text2"),
 )
+_INSTRUCTIONS = (("instruction", "input"), ("instruction", "context"))
+_CHAT_FIELDS = ({"role", "content"}, {"from", "value"})
 
 
 def column_kinds(schema: pa.Schema) -> dict[str, str]:
-    """Column name to what it can serve as: text, number, media, empty, other."""
+    """Column name to what it can serve as: text, number, media, chat, empty, other."""
     return {field.name: _kind(field.type) for field in schema}
 
 
@@ -56,7 +62,48 @@ def _kind(kind: pa.DataType) -> str:
         return "media"
     if pa.types.is_struct(kind) and {"bytes", "path"} <= {field.name for field in kind}:
         return "media"
+    if (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and pa.types.is_struct(kind.value_type):
+        fields = {field.name for field in kind.value_type}
+        return "chat" if any(wanted <= fields for wanted in _CHAT_FIELDS) else "other"
     return "empty" if pa.types.is_null(kind) else "other"
+
+
+def pick_layout(kinds: Mapping[str, str], config: DataSection, layouts: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
+    """Which of several sets of roles the data fills, for tasks that take more than one.
+
+    Args:
+        kinds: Columns of the data, as `column_kinds` gives them.
+        config: Holds the columns that the user names; one of them decides.
+        layouts: Sets of roles, the usual one first.
+
+    Raises:
+        DataProblem: columns of two sets are named, or the data fills two.
+    """
+    named = [layout for layout in layouts if any(getattr(config, role) is not None for role in layout)]
+    if len(named) > 1:
+        keys = [next(f"data.{role}" for role in layout if getattr(config, role) is not None) for layout in named]
+        raise DataProblem(f"{' and '.join(keys)} are for different forms of data", hint="name columns of one form")
+    if named or len(layouts) == 1:
+        return (named or layouts)[0]
+    found = {layout: [_usual(role, kinds) for role in layout] for layout in layouts[1:]}
+    fitting = [layout for layout, columns in found.items() if all(columns)]
+    taken = {name for layout in fitting for columns in found[layout] for name in columns}
+    if not fitting or any(name not in taken for name in _usual(layouts[0][0], kinds)):
+        fitting.insert(0, layouts[0])
+    if len(fitting) > 1:
+        first = fitting[-1][0]
+        raise DataProblem(
+            "the data could be read as " + " or as ".join(" and ".join(layout) for layout in fitting),
+            why=_listed(kinds),
+            hint=f"name a column: --set data.{first}={_usual(first, kinds)[0]}, or data.{fitting[0][0]}=COLUMN",
+        )
+    return fitting[0]
+
+
+def _usual(role: str, kinds: Mapping[str, str]) -> list[str]:
+    """Columns with one of a role's usual names that hold what it needs."""
+    kind = "chat" if role == "messages" else "text"
+    return [name for name in kinds if name.lower() in _NAMES[role] and kinds[name] == kind]
 
 
 def resolve_roles(
@@ -84,7 +131,9 @@ def resolve_roles(
                 )
             roles[role] = name
     if "text" in wanted and "text_pair" in wanted and "text" not in roles and "text_pair" not in roles:
-        roles |= _guess_pair(kinds)
+        roles |= _guess_pair(kinds, _PAIRS, ("text", "text_pair"))
+    if "prompt" in wanted and "input" in wanted and "prompt" not in roles and "input" not in roles:
+        roles |= _guess_pair(kinds, _INSTRUCTIONS, ("prompt", "input"))
     for role in wanted:
         if role in roles:
             continue
@@ -107,12 +156,13 @@ def _listed(kinds: Mapping[str, str]) -> str:
     return f"columns: {', '.join(kinds) or 'none'}"
 
 
-def _guess_pair(kinds: Mapping[str, str]) -> dict[str, str]:
+def _guess_pair(kinds: Mapping[str, str], pairs: Sequence[tuple[str, str]], roles: tuple[str, str]) -> dict[str, str]:
+    """Two roles by the usual names of both; nothing where there is doubt or a column has the first role's name."""
     lower = {name.lower(): name for name in kinds}
-    found = [(lower[a], lower[b]) for a, b in _PAIRS if a in lower and b in lower]
-    if "text" in lower and "text_pair" not in lower:
+    found = [(lower[a], lower[b]) for a, b in pairs if a in lower and b in lower]
+    if roles[0] in lower and roles[1] not in lower:
         return {}
-    return {"text": found[0][0], "text_pair": found[0][1]} if len(found) == 1 else {}
+    return dict(zip(roles, found[0], strict=True)) if len(found) == 1 else {}
 
 
 def _candidates(role: str, kinds: Mapping[str, str], taken: set[str]) -> list[str]:
@@ -120,6 +170,8 @@ def _candidates(role: str, kinds: Mapping[str, str], taken: set[str]) -> list[st
     free = [name for name in kinds if name not in taken]
     names = _NAMES.get(role, ())
     usual = [name for name in free if name.lower() in names]
+    if role in ("prompt", "response", "messages"):
+        usual = [name for name in _usual(role, kinds) if name in free]
     first = [name for name in usual if name.lower() == names[0]]
     if first:
         return first
@@ -131,6 +183,6 @@ def _candidates(role: str, kinds: Mapping[str, str], taken: set[str]) -> list[st
         ]
     if role == "text":
         return [name for name in free if kinds[name] == "text" and name.lower() not in _NAMES["label"]]
-    if role in ("image", "audio"):
-        return [name for name in free if kinds[name] == "media"]
+    if role in ("image", "audio", "messages"):
+        return [name for name in free if kinds[name] == ("chat" if role == "messages" else "media")]
     return []

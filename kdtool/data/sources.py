@@ -8,8 +8,9 @@ import numpy as np
 import pyarrow as pa
 
 from kdtool.config import DataSection
+from kdtool.data.chats import conversations
 from kdtool.data.classes import check_names, check_variety, class_ids, derive_names, label_values
-from kdtool.data.columns import column_kinds, resolve_roles
+from kdtool.data.columns import column_kinds, pick_layout, resolve_roles
 from kdtool.data.examples import DataSplits, Examples
 from kdtool.data.layout import SHIPPED, RawSplit, Source, open_disk, shipped_names
 from kdtool.data.media import AudioColumn, ImageColumn
@@ -26,19 +27,22 @@ def load_data(
     optional: tuple[str, ...],
     run: Run,
     *,
+    others: tuple[tuple[str, ...], ...] = (),
     score_only: bool = False,
 ) -> DataSplits:
     """Read, check and split the data of a run.
 
-    Columns of the examples are named by role: `text` and `text_pair` are lists of str, `label` is an
-    int64 array of class ids, `image` and `audio` decode on indexing (a PIL image in RGB mode; a dict of
-    `array`, float32 mono samples, and `sampling_rate` in Hz), `features` are `FeatureRows`.
+    Columns of the examples are named by role: `text`, `text_pair`, `prompt`, `input` and `response` are lists
+    of str, `messages` of lists of {role, content}, `label` is an int64 array of class ids, `image` and `audio`
+    decode on indexing (a PIL image in RGB mode; a dict of `array`, float32 mono samples, and `sampling_rate` in
+    Hz), `features` are `FeatureRows`.
 
     Args:
         config: Source, columns, splits and limits.
-        columns: Roles the task needs, out of text, text_pair, label, image, audio, features.
+        columns: Roles the task needs, out of `kdtool.data.columns.ROLES` and features.
         optional: Roles the task can use; taken where every split has them.
         run: Gives seed, cache folder, offline mode, and the reporter that hears of guesses.
+        others: Sets of roles that do instead of `columns`.
         score_only: Nothing will be trained: a source with a single split is scored in full instead of
             being cut into train and test.
 
@@ -50,7 +54,8 @@ def load_data(
     source = _open(config.source, run)
     plan = plan_splits(list(source.splits), config, score_only)
     raw = {name: _read(source, name) for name in plan.names}
-    roles = _roles(raw, config, columns, optional, run)
+    columns = pick_layout(_shared_kinds(raw), config, (columns, *others))
+    roles = _roles(raw, config, columns, optional if "messages" not in columns else (), run)
     labels, ids = _labels(raw, roles, source, config, plan)
     features = _features(raw, config, roles) if FEATURES in columns else None
     tables = {name: _examples(split, roles, name, source.root, ids.get(name)) for name, split in raw.items()}
@@ -185,6 +190,8 @@ def _examples(
             columns[role] = ids
         elif role in ("image", "audio"):
             columns[role] = _media(split.table.column(column), role, where, root)
+        elif role == "messages":
+            columns[role] = conversations(split.table.column(column).to_pylist(), where)
         else:
             columns[role] = _texts(split.table.column(column), where, role)
     return Examples(columns)
@@ -192,6 +199,8 @@ def _examples(
 
 def _texts(column: pa.ChunkedArray, where: str, role: str) -> list[str]:
     values: list[Any] = column.to_pylist()
+    if role == "input":  # an instruction may need none
+        values = ["" if value is None else value for value in values]
     missing = [row for row, value in enumerate(values) if value is None]
     if missing:
         raise DataProblem(

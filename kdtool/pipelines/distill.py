@@ -137,6 +137,12 @@ def attach_cache(trainer: Trainer, ready: Ready, config: RunConfig, run: Run, de
         if wanted:
             run.reporter.warn(f"no teacher cache: {config.method_name} compares hidden states or texts made meanwhile")
         return
+    if not ready.task.classifies and trainer.plan.data.lengths is not None:
+        if wanted:
+            run.reporter.warn(
+                "no teacher cache: it keeps rows of equally many tokens, and prompts with responses differ"
+            )
+        return
     folder = Path(train.teacher_cache_dir).expanduser() if train.teacher_cache_dir else default
     data = trainer.plan.data
     marks = fingerprint(ready.teacher, data, run, setup.processor_key(ready.teacher.processor), config.augment)

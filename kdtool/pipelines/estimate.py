@@ -71,18 +71,19 @@ def size_of(config: Any, model: nn.Module) -> Size:
 def tokens_of(config: RunConfig, task: Task, rows: Examples | None, size: Size) -> tuple[float, int, int] | None:
     """Mean and largest number of tokens of a training row, and how many rows there are; None where unknown.
 
-    Rows of language models are windows, so there are fewer or more of them than texts.
+    Rows of plain text for language models are windows, so there are fewer or more of them than texts.
     """
     if rows is None or size.tokens is None:
         return None
-    if "text" not in rows.columns:
+    names = [name for name in ("text", "text_pair", "prompt", "input", "response") if name in rows.columns]
+    if not names:
         return (float(size.tokens), size.tokens, len(rows)) if "image" in rows.columns else None
     bound = config.data.max_length or min(size.tokens, _LONGEST)
     chosen = np.linspace(0, len(rows) - 1, min(_SAMPLE, len(rows)), dtype=np.int64)
-    columns = [rows.columns[name] for name in ("text", "text_pair") if name in rows.columns]
+    columns = [rows.columns[name] for name in names]
     lengths = np.array([sum(len(str(column[int(i)]).split()) for column in columns) for i in chosen])
     lengths = lengths * _TOKENS_PER_WORD + 2
-    if not task.classifies:
+    if not task.classifies and "text" in names:
         return float(bound), bound, max(1, round(float(lengths.mean()) * len(rows) / bound))
     lengths = np.minimum(lengths, bound)
     return float(lengths.mean()), int(lengths.max()), len(rows)

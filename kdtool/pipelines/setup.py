@@ -242,7 +242,8 @@ def get_data(config: RunConfig, task: Task, run: Run, score_only: bool = False) 
     """Raw data with columns named by role."""
     if config.data.source is None:
         raise UsageProblem("no data given", hint="--data FOLDER, FILE, Hub id or shipped set")
-    data = load_data(config.data, task.columns, task.optional_columns, run, score_only=score_only)
+    others = task.other_columns
+    data = load_data(config.data, task.columns, task.optional_columns, run, others=others, score_only=score_only)
     run.provenance["data"] = data.provenance
     return data
 

@@ -76,7 +76,9 @@ class Task:
     processor_class: ClassVar[str]
     """Name of the transformers Auto class that loads what makes the inputs."""
     columns: ClassVar[tuple[str, ...]]
-    """Roles a data set must fill, out of text, text_pair, label, image, audio."""
+    """Roles a data set must fill, out of those in `kdtool.data.columns` and features."""
+    other_columns: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    """Sets of roles that do instead of them."""
     optional_columns: ClassVar[tuple[str, ...]] = ()
     metrics: ClassVar[tuple[str, ...]]
     """Default metrics; the first is the main one."""

@@ -1,54 +1,60 @@
 """Causal language modelling: predict each token from those before it.
 
-Texts are joined, each with a beginning-of-sequence token in front (where the tokenizer has one),
-and cut into windows of equal length, so nothing is padded. A unit is one predicted token: a window
-of n tokens has n - 1 units.
+Plain texts are joined, each with a beginning-of-sequence token in front (where the tokenizer has one),
+and cut into windows of equal length, so nothing is padded; all tokens but the first of a window count.
+Of prompts with responses, and of conversations, only the responses count; each is a row of its own,
+padded on the right. A unit is one predicted token that counts.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import nn
-from torch.nn import functional
+from torch import Tensor, nn
 
 from kdtool.config import RunConfig
 from kdtool.data.examples import Examples
 from kdtool.errors import DataProblem
 from kdtool.models import Loaded
 from kdtool.run import Run
-from kdtool.tasks import _base
-from kdtool.tasks._base import Batch, Evaluation, Outputs, to_device
-from kdtool.tasks._text import longest
+from kdtool.tasks._base import LABELS, Batch, Outputs
+from kdtool.tasks._language import IGNORED, LanguageTask
+from kdtool.tasks._prompts import COUNTED, encode_prompts, has_prompts
+from kdtool.tasks._text import longest, pad, padding_id
 
 _WINDOW = 256
-_LARGEST = 700.0  # nats whose exponential is still a float
+_LONGEST_ROW = 512
 
 
-class Task(_base.Task):
-    """Plain text through AutoModelForCausalLM."""
+class Task(LanguageTask):
+    """Texts, prompts with responses and conversations through AutoModelForCausalLM."""
 
     name: ClassVar[str] = "causal-lm"
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     processor_class: ClassVar[str] = "AutoTokenizer"
     columns: ClassVar[tuple[str, ...]] = ("text",)
-    metrics: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "token-accuracy")
-    default_lr: ClassVar[float] = 5e-4
-    classifies: ClassVar[bool] = False
+    other_columns: ClassVar[tuple[tuple[str, ...], ...]] = (("prompt", "response"), ("messages",))
+    optional_columns: ClassVar[tuple[str, ...]] = ("input",)
+
+    def __init__(self) -> None:
+        self.padding = 0
 
     def encode(self, rows: Examples, loaded: Loaded, config: RunConfig, run: Run, prefix: str = "") -> Examples:
-        """Windows [rows, window] of token ids.
+        """Windows [rows, window] of token ids, or rows of prompt and response with a mask of what counts.
 
         Raises:
-            DataProblem: not even one window, or teacher and student cut text differently.
+            DataProblem: not even one window or row, or teacher and student cut text differently.
         """
         if prefix:
             raise DataProblem(
                 "teacher and student have different tokenizers", hint="choose a student with the teacher's tokenizer"
             )
         tokenizer = loaded.processor
+        self.padding = padding_id(tokenizer)
+        if has_prompts(rows):
+            limit = longest(loaded, config.data.max_length, default=_LONGEST_ROW)
+            return encode_prompts(rows, tokenizer, config.data, limit, run)
         window = longest(loaded, config.data.max_length, default=_WINDOW)
         begin = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
         encoded = tokenizer(list(rows.columns["text"]), add_special_tokens=False, return_attention_mask=False)
@@ -62,55 +68,40 @@ class Task(_base.Task):
         return Examples({"input_ids": stream[: count * window].reshape(count, window)})
 
     def collate(self, items: Sequence[Mapping[str, Any]]) -> Batch:
-        """Stack windows."""
-        return {"input_ids": torch.from_numpy(np.stack([item["input_ids"] for item in items]))}
+        """Stack windows; pad rows on the right, with labels of -100 where a token does not count."""
+        if COUNTED not in items[0]:
+            return {"input_ids": torch.from_numpy(np.stack([item["input_ids"] for item in items]))}
+        ids, mask = pad([item["input_ids"] for item in items], self.padding)
+        counted, _ = pad([item[COUNTED] for item in items], 0)
+        return {"input_ids": ids, "attention_mask": mask, LABELS: ids.masked_fill(counted == 0, IGNORED)}
 
     def forward(self, model: nn.Module, batch: Batch) -> Outputs:
-        """Logits [tokens, vocabulary] and next tokens [tokens], shifted against each other."""
-        ids = batch["input_ids"]
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-        return Outputs(logits.reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1))
+        """Logits [units, vocabulary] and next tokens [units] of the tokens that count.
 
-    @torch.no_grad()
-    def evaluate(
-        self,
-        model: nn.Module,
-        data: Examples,
-        run: Run,
-        metrics: Sequence[str],
-        batch_size: int,
-        teacher: int | None = None,
-    ) -> Evaluation:
-        """Mean loss in nats per predicted token, perplexity, share of tokens predicted right.
-
-        Standard errors treat windows as independent.
+        All tokens but padding count in a batch without labels.
         """
-        model.eval()
-        losses, hits = [], []
-        for start in range(0, len(data), batch_size):
-            rows = range(start, min(start + batch_size, len(data)))
-            out = self.forward(model, to_device(self.collate([data[i] for i in rows]), run.device))
-            assert out.labels is not None
-            loss = functional.cross_entropy(out.logits.float(), out.labels, reduction="none")
-            losses.append(loss.double().reshape(len(rows), -1).mean(1).cpu().numpy())
-            hit = (out.logits.argmax(-1) == out.labels).double()
-            hits.append(hit.reshape(len(rows), -1).mean(1).cpu().numpy())
-        # windows are equally long, so the mean of window means is the mean over tokens
-        loss_mean, loss_error = _mean_and_error(np.concatenate(losses))
-        hit_mean, hit_error = _mean_and_error(np.concatenate(hits))
-        perplexity = math.exp(loss_mean) if loss_mean < _LARGEST else math.inf
-        values = {"loss": loss_mean, "perplexity": perplexity, "token-accuracy": hit_mean}
-        errors = {"loss": loss_error, "perplexity": perplexity * loss_error, "token-accuracy": hit_error}
-        chosen = [name for name in metrics if name in values]
-        return Evaluation(
-            {name: values[name] for name in chosen}, {name: errors[name] for name in chosen}, None, None, len(data)
-        )
+        ids = batch["input_ids"]
+        inputs = {"attention_mask": batch["attention_mask"]} if "attention_mask" in batch else {}
+        logits = model(input_ids=ids, use_cache=False, **inputs).logits[:, :-1]
+        following = _following(batch)
+        if following is None:
+            return Outputs(logits.reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1))
+        chosen = following != IGNORED
+        return Outputs(logits[chosen], following[chosen])
 
-    def example_inputs(self, data: Examples, batch_size: int, teacher: int | None = None) -> Batch:
-        """A batch of real windows."""
-        return self.collate([data[i % len(data)] for i in range(batch_size)])
+    def units(self, batch: Batch) -> Tensor:
+        """Counted tokens of each row."""
+        following = _following(batch)
+        ids = batch["input_ids"]
+        if following is None:
+            return torch.full((len(ids),), ids.shape[1] - 1, device=ids.device)
+        return (following != IGNORED).sum(1)
 
 
-def _mean_and_error(values: np.ndarray) -> tuple[float, float]:
-    error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return float(values.mean()), float(error)
+def _following(batch: Batch) -> Tensor | None:
+    """What comes after each token but the last, -100 where it does not count; None where all of them do."""
+    if LABELS in batch:
+        return batch[LABELS][:, 1:]
+    if "attention_mask" in batch:
+        return batch["input_ids"][:, 1:].masked_fill(batch["attention_mask"][:, 1:] == 0, IGNORED)
+    return None

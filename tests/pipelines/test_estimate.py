@@ -102,3 +102,5 @@ def test_lengths_of_texts_are_estimated_and_cut(data):
     assert (longest, count) == (16, 11)
     assert mean == pytest.approx((10 * 9 + 16) / 11)
     assert tokens_of(config_of(), task, Examples({"audio": [0]}), STUDENT) is None
+    prompts = Examples({"prompt": ["one two three"] * 4, "response": ["four five"] * 4})
+    assert tokens_of(config_of(), TASKS.get("causal-lm")(), prompts, STUDENT) == (9.0, 9, 4)
