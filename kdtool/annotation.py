@@ -17,7 +17,7 @@ from kdtool.authors import Author, Key, Order, Style
 from kdtool.data.examples import Examples
 from kdtool.data.readers import file_sha256, read_table, table_suffix
 from kdtool.errors import ConfigProblem, DataProblem, nearest
-from kdtool.journal import Row, as_lines, read_rows, written
+from kdtool.journal import Row, as_lines, key_of, read_rows, written
 from kdtool.rationales import MARK, Rationale
 from kdtool.writing import write_bytes
 
@@ -120,7 +120,9 @@ def _check_gold(question: Question, rules: Rules, number: int) -> None:
         ) from None
 
 
-def annotate(folder: Path, author: Callable[[], Author], questions: Sequence[Question], samples: int, style: Style, rules: Rules) -> list[Row]:
+def annotate(
+    folder: Path, author: Callable[[], Author], questions: Sequence[Question], samples: int, style: Style, rules: Rules
+) -> list[Row]:
     """Rationales of a teacher in two calls (zero-shot chain of thought): the reasoning, then the answer to it.
 
     Args:
@@ -137,7 +139,7 @@ def annotate(folder: Path, author: Callable[[], Author], questions: Sequence[Que
         for number, question in enumerate(questions)
     ]
     chains = written(folder / "chains.jsonl", author, orders, style, lambda _, text: {"text": text.strip()})
-    texts = {(row["question"], row["sample"]): row["text"] for row in chains}
+    texts: dict[Key, str] = {key_of(row): row["text"] for row in chains}
 
     def judge(key: Key, text: str) -> Row:
         question, chain = questions[key[0]], texts[key].replace(MARK, "->")
@@ -148,7 +150,9 @@ def annotate(folder: Path, author: Callable[[], Author], questions: Sequence[Que
     return written(folder / "annotations.jsonl", author, asked, short, judge)
 
 
-def augment(folder: Path, author: Callable[[], Author], questions: Sequence[Question], samples: int, style: Style, rules: Rules) -> list[Row]:
+def augment(
+    folder: Path, author: Callable[[], Author], questions: Sequence[Question], samples: int, style: Style, rules: Rules
+) -> list[Row]:
     """Rationales of a mentor, who writes chain and answer at once; `augmented.jsonl`."""
     orders = [
         Order(question.text, tuple((number, sample) for sample in range(samples)))
@@ -240,7 +244,9 @@ def _as_row(found: Mapping[str, Any], question: Question, rules: Rules) -> Row:
     agrees = spelling(stated) == spelling(question.answer)
     if not agrees:
         said = rationales.extract(f"{MARK} {stated}", rules.dataset)
-        agrees = rationales.correct(said, rationales.clean(question.answer, rules.dataset), rules.dataset, rules.numeric)
+        agrees = rationales.correct(
+            said, rationales.clean(question.answer, rules.dataset), rules.dataset, rules.numeric
+        )
     right = _flag(found["initial_correct"]) and agrees and bool(chain)
     chain = chain.replace(MARK, "->")
     return {"input": question.text, "chain": chain, "answer": question.answer, "initial_correct": right}

@@ -228,7 +228,6 @@ class EndpointAuthor:
         Endpoint(self.reference, self.run, sampling).ask_all(map(ask, open_), take)
 
 
-
 def provenance(facts: Mapping[str, Any], style: Style, prompt: str, key: Key) -> dict[str, Any]:
     """Where a text came from: everything that shaped it, and no time.
 

@@ -186,6 +186,9 @@ class Answer:
             raise Broken("the answer was cut off")
         if not self.choices:
             raise Broken("an answer without choices")
+        for choice in self.choices.values():
+            # a character beyond the first 65536 may arrive as two halves, in two events
+            choice.text = choice.text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return [self.choices[index] for index in sorted(self.choices)][: self.n]
 
 

@@ -31,7 +31,7 @@ class Config:
     """Hyper-parameters."""
 
     mentor: str | None = None
-    """The model between teacher and student: folder, Hub id or configuration file; not needed with kd_lambda 0 and no augmented data, or those of a file."""
+    """The model between teacher and student: folder, Hub id or configuration file; not needed for RD from a file."""
     mentor_epochs: Annotated[float, Field(ge=0)] = 20.0
     """Passes of the mentor over the teacher's rationales; 0 takes it as it is."""
     mentor_lr: Annotated[float, Field(gt=0)] = 1e-4

@@ -1,6 +1,8 @@
 """`distill`: teacher and data in; verified, documented student out."""
 
+import contextlib
 import shutil
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ from kdtool.models import Loaded, load
 from kdtool.pipelines import setup
 from kdtool.pipelines.finished import read_proof
 from kdtool.pipelines.output import KEPT_TEACHER, Output
+from kdtool.pipelines.prepare import KEPT, check_teacher, prepared
 from kdtool.pipelines.prove import compare
 from kdtool.pipelines.push import check_push, push
 from kdtool.pipelines.teacher import fine_tuned
@@ -52,14 +55,20 @@ class Ready:
     views: Views | None = None
 
 
-def get_ready(config: RunConfig, run: Run) -> Ready:
-    """Load data and models, check that they fit, and build the method.
+def get_ready(config: RunConfig, run: Run, work: Path | None = None) -> Ready:
+    """Load data and models, check that they fit, build the method, and let it make its data.
+
+    Args:
+        config: The run's configuration.
+        run: Context.
+        work: Folder for what methods make before they train (default: a temporary one).
 
     Raises:
         KdtoolError: anything that does not fit, before any work is done.
     """
     setup.apply_benchmark(config)
-    task = setup.pick_task(config, config.teacher.model or config.student.model, run)
+    check_teacher(config)
+    task = setup.pick_task(config, setup.first_model(config), run)
     setup.check_metrics(config, task)
     facts = METHODS.info(config.method_name).facts
     check_fit(config.method_name, task.name)
@@ -71,7 +80,7 @@ def get_ready(config: RunConfig, run: Run) -> Ready:
     if data.train is None:
         raise DataProblem("the data has no rows to train on", hint="name their split: --set data.train_split=NAME")
     teacher = None
-    if config.teacher.model is not None:
+    if config.teacher.model is not None and not facts.get("teacher_writes"):
         teacher = setup.load_teacher(config, task, data, run)
         setup.relabel(data, teacher, config, run)
         if config.teacher.fine_tune:
@@ -82,10 +91,15 @@ def get_ready(config: RunConfig, run: Run) -> Ready:
     student = setup.load_student(config, task, data, teacher, run)
     if teacher is not None and teacher.facts.get("new_weights") and not facts.get("trains_teacher"):
         teacher = None  # an untrained teacher is only a source of layers; comparing with it says nothing
-    encoded = setup.encode(task, data, student, teacher, config, run)
     config.train.lr = config.train.lr or task.default_lr
     settings = METHODS.build_config(config.method_name, config.method_values)
     method = METHODS.get(config.method_name)(settings, student, [teacher] if teacher else [], task)
+    if facts.get("teacher_writes"):
+        with contextlib.ExitStack() as stack:
+            folder = work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            data = prepared(method, task, data, config, run, folder)
+        teacher = method.teacher_list[0] if method.teacher_list else None
+    encoded = setup.encode(task, data, student, teacher, config, run)
     views = make_views(config, task, encoded.train, student, teacher)
     if (config.augment.mixup or config.augment.cutmix) and not method.mixes:
         raise UsageProblem(
@@ -231,7 +245,7 @@ def distill(config: RunConfig, run: Run | None = None) -> Result:
         run.reporter.info(f"{output.folder} lacked only its last files; they are in place now")
         return _conclude(config, run, output.folder, None, began)
     try:
-        ready = get_ready(config, run)
+        ready = get_ready(config, run, output.work)
         history = train(ready, config, run, output)
         proof = _finish(ready, history, config, run, output, began) if run.rank == 0 else None
         parallel.wait(run)
@@ -280,6 +294,8 @@ def _finish(ready: Ready, history: History, config: RunConfig, run: Run, output:
     save_model(student, staging, config.output)
     if config.output.save_teacher and ready.teacher is not None:
         save_model(ready.teacher, staging / KEPT_TEACHER, config.output)
+    if (output.work / KEPT).is_dir():
+        shutil.copytree(output.work / KEPT, staging / KEPT)
     probe = task.example_inputs(ready.encoded.test, min(_PROBE_ROWS, len(ready.encoded.test)))
     reload: dict[str, Any] = {}
     if config.eval.reload:

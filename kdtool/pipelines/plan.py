@@ -15,6 +15,7 @@ from kdtool.hub import ModelRef, fetch_config
 from kdtool.models import auto_class, plain_model_errors, read_config
 from kdtool.pipelines import setup
 from kdtool.pipelines.estimate import Size, estimate, size_of, tokens_of, without_layers
+from kdtool.pipelines.prepare import check_teacher
 from kdtool.pipelines.push import check_push
 from kdtool.registry import METHODS
 from kdtool.run import Run
@@ -55,14 +56,17 @@ def plan(config: RunConfig, run: Run | None = None, processes: int = 1) -> dict[
     run.world = max(processes, int(os.environ.get("WORLD_SIZE", "1")))
     check_push(config, run)
     setup.apply_benchmark(config)
-    first = config.teacher.model or config.student.model
-    task = setup.pick_task(config, first, run)
+    if config.command == "distill":
+        check_teacher(config)
+    task = setup.pick_task(config, setup.first_model(config), run)
     setup.check_metrics(config, task)
     result: dict[str, Any] = {"command": config.command, "task": task.name, "device": run.device, "seed": run.seed}
     teacher: Size | None = None
     student: Size | None = None
     tokens, steps = None, 0
-    if config.teacher.model:
+    if config.teacher.writes_only:
+        result["teacher"] = {"name": config.teacher.model}
+    elif config.teacher.model:
         count, revision, shape = _shape(config.teacher.model, task, run)
         teacher = size_of(*shape)
         result["teacher"] = {"name": config.teacher.model, "revision": revision, "parameters": count}

@@ -2,17 +2,16 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from kdtool.authors import Author, EndpointAuthor, LocalAuthor
 from kdtool.config import OutputSection, RunConfig, TrainSection
 from kdtool.data.examples import DataSplits, Examples
 from kdtool.data.readers import file_sha256
 from kdtool.endpoint import EndpointRef
-from kdtool.errors import UsageProblem
+from kdtool.errors import DataProblem, UsageProblem
 from kdtool.methods._base import Method, Work
 from kdtool.models import Loaded, load_model
 from kdtool.pipelines import setup
@@ -20,10 +19,13 @@ from kdtool.registry import METHODS
 from kdtool.run import Run
 from kdtool.saving import save_model
 from kdtool.tasks._base import Task
+from kdtool.tasks._prompts import COUNTED
 from kdtool.train import parallel
 from kdtool.train.loop import Trainer
 from kdtool.train.state import generators, restore_generators, seed_everything
 from kdtool.writing import write_text
+
+_LONG = "--set data.max_length=N, or --set data.long_prompts=cut"
 
 KEPT = "data"
 """Folder of the result that holds what was made."""
@@ -66,7 +68,7 @@ def prepared(method: Method, task: Task, data: DataSplits, config: RunConfig, ru
             config,
             run,
             cache(lambda: _teacher(task, config, run)),
-            lambda loaded: LocalAuthor(loaded, run, config.eval.batch_size),
+            lambda loaded: LocalAuthor(loaded, run, config.eval.batch_size, _prompts(task, loaded, config, run)),
             _fitting(task, data, config, run, folder),
         )
         made = method.prepare(data, work)
@@ -101,6 +103,19 @@ def _teacher(task: Task, config: RunConfig, run: Run) -> Author:
     loaded = load_model(reference, task.auto_class, run, "teacher")
     setup.load_processor(loaded, task, run)
     return LocalAuthor(loaded, run, config.eval.batch_size)
+
+
+def _prompts(task: Task, loaded: Loaded, config: RunConfig, run: Run) -> Callable[[Sequence[str]], list[list[int]]]:
+    """Token ids of prompts as they are in rows to train on: all before the first that counts."""
+
+    def ids(prompts: Sequence[str]) -> list[list[int]]:
+        rows = task.encode(Examples({"prompt": list(prompts), "response": ["."] * len(prompts)}), loaded, config, run)
+        if len(rows) != len(prompts):
+            raise DataProblem("some questions are too long for the model that should answer them", hint=_LONG)
+        starts = [int(counted.argmax()) for counted in rows.columns[COUNTED]]
+        return [list(map(int, row[:end])) for row, end in zip(rows.columns["input_ids"], starts, strict=True)]
+
+    return ids
 
 
 def _fitting(

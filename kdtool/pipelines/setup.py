@@ -110,6 +110,11 @@ def apply_benchmark(config: RunConfig) -> None:
         config.eval.metrics = list(benchmark.metrics)
 
 
+def first_model(config: RunConfig) -> str | None:
+    """The model whose configuration says what a run is about: the teacher, unless it gives only texts."""
+    return config.student.model if config.teacher.writes_only else config.teacher.model or config.student.model
+
+
 def pick_task(config: RunConfig, reference: str | None, run: Run) -> Task:
     """The task asked for, or the one that the model's architecture names.
 

@@ -52,6 +52,7 @@ class Server:
         self.most = 128  # choices given at a time
         self.streams = True
         self.delay = 0.0
+        self.escapes = False
         self.faults: list[Fault] = []
         self.asked: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
@@ -164,7 +165,7 @@ class _Handler(BaseHTTPRequestHandler):
                 return
             if fault.error is not None and number == 1:
                 event = {"error": fault.error}
-            data = json.dumps(event, ensure_ascii=False).encode()
+            data = json.dumps(event, ensure_ascii=self.server_of.escapes).encode()
             if fault.garbage is not None and number == 1:
                 data = fault.garbage
             # two pieces, so that events do not end where pieces end
