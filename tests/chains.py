@@ -25,8 +25,8 @@ def save_byte_tokenizer(folder: Path, reverse: bool = False) -> int:
     return len(vocabulary)
 
 
-def speller(folder: Path, layers: int = 1, seed: int = 1, reverse: bool = False) -> Path:
-    """A causal language model over bytes, of random weights."""
+def speller(folder: Path, layers: int = 1, seed: int = 1, reverse: bool = False, letters: str = "") -> Path:
+    """A causal language model over bytes, of random weights; `letters` are those it writes most."""
     size = save_byte_tokenizer(folder, reverse)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -43,6 +43,12 @@ def speller(folder: Path, layers: int = 1, seed: int = 1, reverse: bool = False)
                 eos_token_id=2,
             )
         )
+    if letters:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        most = tokenizer.convert_tokens_to_ids(list(letters))
+        head = model.lm_head.weight.data
+        loud = 20 * head[most]
+        head.zero_()[most] = loud
     model.save_pretrained(folder)
     return folder
 

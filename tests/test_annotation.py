@@ -105,7 +105,8 @@ def test_a_teacher_explains_in_one_call_and_answers_in_another(server, tmp_path)
     assert rows[0]["answer"] == "0"
     assert rows[0]["input"] == "What is 0 and 0?"
     first, second = server.asked[0], server.asked[-1]
-    assert first["prompt"] == "Q: What is 0 and 0?\nA: Let's think step by step."
+    assert first["prompt"].startswith("Q: What is 0 and ")
+    assert first["prompt"].endswith("?\nA: Let's think step by step.")
     assert second["prompt"].endswith("\nTherefore, the answer is")
     assert second["temperature"] == 0
     provenance = rows[1]["provenance"]
@@ -168,7 +169,7 @@ def test_a_mentor_writes_chain_and_answer_at_once(server, tmp_path):
     server.write = lambda prompt, number: f"So {number} --> {number} it is"
     author = EndpointAuthor(EndpointRef.parse(server.reference), Run())
     rows = annotation.augment(tmp_path, lambda: author, questions()[:2], 3, Style(), SVAMP)
-    assert server.asked[0]["prompt"] == "What is 0 and 0?"
+    assert {asked["prompt"] for asked in server.asked} == {"What is 0 and 0?", "What is 0 and 1?"}
     assert [(row["chain"], row["answer"], row["initial_correct"]) for row in rows] == [
         *[(f"So {i}", "0", i == 0) for i in range(3)],
         *[(f"So {i}", "1", i == 1) for i in range(3)],

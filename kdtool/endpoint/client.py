@@ -27,6 +27,7 @@ _PASSING = frozenset({408, 425, 429, 500, 502, 503, 504, 529})
 _LONGEST_WAIT = 30.0
 _CONNECT = 10.0
 _IDLE = 120.0  # seconds without a byte; a server that queues questions may be silent for long
+_GRACE = 30.0  # seconds that other questions have to end once one has failed
 _jitter = random.SystemRandom()  # never the generators of the run: asking again must not change results
 
 
@@ -118,15 +119,29 @@ class Endpoint:
         _finished(self._work(enumerate(asks), done))
 
     async def _work(self, asks: Iterator[tuple[int, Ask]], done: Callable[[int, list[Choice]], None]) -> None:
+        failed = False
         async with self._client() as client:
 
             async def serve() -> None:
-                for number, ask in asks:
-                    done(number, await self._in_time(client, ask))
+                nonlocal failed
+                try:
+                    for number, ask in asks:
+                        done(number, await self._in_time(client, ask))
+                        if failed:
+                            return
+                except Exception:
+                    failed = True
+                    raise
 
             workers = [asyncio.create_task(serve()) for _ in range(self._parallel)]
             try:
-                await asyncio.gather(*workers)
+                _, going = await asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION)
+                if going:
+                    # what is under way has been paid for
+                    await asyncio.wait(going, timeout=_GRACE)
+                for worker in workers:
+                    if worker.done():
+                        worker.result()
             finally:
                 for worker in workers:
                     worker.cancel()

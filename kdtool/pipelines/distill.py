@@ -18,7 +18,7 @@ from kdtool.models import Loaded, load
 from kdtool.pipelines import setup
 from kdtool.pipelines.finished import read_proof
 from kdtool.pipelines.output import KEPT_TEACHER, Output
-from kdtool.pipelines.prepare import KEPT, check_teacher, prepared
+from kdtool.pipelines.prepare import check_teacher, prepared
 from kdtool.pipelines.prove import compare
 from kdtool.pipelines.push import check_push, push
 from kdtool.pipelines.teacher import fine_tuned
@@ -294,8 +294,8 @@ def _finish(ready: Ready, history: History, config: RunConfig, run: Run, output:
     save_model(student, staging, config.output)
     if config.output.save_teacher and ready.teacher is not None:
         save_model(ready.teacher, staging / KEPT_TEACHER, config.output)
-    if (output.work / KEPT).is_dir():
-        shutil.copytree(output.work / KEPT, staging / KEPT)
+    if output.kept.is_dir():
+        shutil.copytree(output.kept, staging, dirs_exist_ok=True)
     probe = task.example_inputs(ready.encoded.test, min(_PROBE_ROWS, len(ready.encoded.test)))
     reload: dict[str, Any] = {}
     if config.eval.reload:

@@ -27,8 +27,8 @@ from kdtool.writing import write_text
 
 _LONG = "--set data.max_length=N, or --set data.long_prompts=cut"
 
-KEPT = "data"
-"""Folder of the result that holds what was made."""
+_MADE = "kept/data"
+"""Where rows are made; what `kept` holds ends in the result."""
 
 
 def check_teacher(config: RunConfig) -> None:
@@ -58,13 +58,13 @@ def prepared(method: Method, task: Task, data: DataSplits, config: RunConfig, ru
         data: Raw data.
         config: The run's configuration.
         run: Context.
-        folder: Work folder of the run; `data` in it is kept with the result.
+        folder: Work folder of the run.
     """
     before = generators()
     with parallel.first_alone(run):
         _renew(folder, config, data)
         work = Work(
-            folder / KEPT,
+            folder / _MADE,
             config,
             run,
             cache(lambda: _teacher(task, config, run)),
@@ -90,7 +90,7 @@ def _renew(folder: Path, config: RunConfig, data: DataSplits) -> None:
     text = json.dumps(marks, sort_keys=True, default=str)
     if known.is_file() and known.read_text(encoding="utf-8") == text:
         return
-    for old in ("data", "models"):
+    for old in (_MADE, "models"):
         shutil.rmtree(folder / old, ignore_errors=True)
     write_text(known, text)
 
