@@ -33,6 +33,7 @@ class Section(BaseModel):
         return value
 
 
+_ENDPOINT = "endpoint:"
 _TEXT_FILES = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".parquet")
 
 
@@ -53,12 +54,13 @@ class TeacherSection(Section):
     @property
     def writes_only(self) -> bool:
         """Whether it gives texts and no distributions: an endpoint, or a file of texts."""
-        return self.is_file or (self.model is not None and self.model.startswith("endpoint:"))
+        return self.is_file or (self.model or "").startswith(_ENDPOINT)
 
     @property
     def is_file(self) -> bool:
         """Whether it is a file of texts."""
-        return self.model is not None and self.model.lower().endswith(_TEXT_FILES)
+        name = (self.model or "").lower()
+        return name.endswith(_TEXT_FILES) and not name.startswith(_ENDPOINT)
 
 
 class StudentSection(Section):
@@ -268,7 +270,7 @@ class OutputSection(Section):
     format: str = "safetensors"
     """Target format of export."""
     save_teacher: bool = False
-    """Keep the teacher that an online method trained, in the folder `teacher` of the output."""
+    """Keep the teacher that an online method trained, or a mentor, in the folder `teacher` of the output."""
     dtype: Literal["keep", "float32", "float16", "bfloat16"] = "keep"
     """Number format of the saved weights."""
     max_shard_size: str = "5GB"

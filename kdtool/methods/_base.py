@@ -108,7 +108,9 @@ class Method(nn.Module):
             teacher.model.eval().requires_grad_(False)
 
     teacher_writes: ClassVar[bool] = False
-    """True if `prepare` asks the teacher for texts: it may be an endpoint or a file, and is loaded only there."""
+    """True if a teacher that gives only texts will do, an endpoint or a file; `prepare` makes its texts the data."""
+    loads_teacher: ClassVar[bool] = True
+    """False if only `prepare` asks the teacher, which is loaded there when it has something to write."""
 
     needs_rows: ClassVar[bool] = False
     """True if a step looks up `batch["cache.rows"]`, the numbers of its rows in the training data."""

@@ -72,6 +72,7 @@ class Method(_base.Method):
     tasks: ClassVar[frozenset[str]] = frozenset({"causal-lm"})
     needs: ClassVar[str] = "texts to learn"
     teacher_writes: ClassVar[bool] = True
+    loads_teacher: ClassVar[bool] = False
     minimum: ClassVar[str] = "the cross-entropy with the rationale stays"
 
     def __init__(self, config: Any, student: Loaded, teachers: Sequence[Loaded], task: Task) -> None:
@@ -101,7 +102,8 @@ class Method(_base.Method):
         rows = [{**row, "source": "teacher"} for row in rows] + [{**row, "source": "mentor"} for row in made]
         rows = annotation.chosen(rows, 0, work.run.seed, cfg.distinct)
         work.facts["train"] = {name: sum(row["source"] == name for row in rows) for name in ("teacher", "mentor")}
-        write_bytes(work.folder / "train.jsonl", as_lines(rows))
+        if work.run.rank == 0:
+            write_bytes(work.folder / "train.jsonl", as_lines(rows))
         train = annotation.as_examples(rows)
         return DataSplits(train, data.validation, data.test, data.labels, data.roles, data.provenance)
 

@@ -14,6 +14,7 @@ from kdtool.card import write_card
 from kdtool.config import RunConfig
 from kdtool.data.examples import DataSplits, Examples
 from kdtool.errors import DataProblem, QualityProblem, TrainingProblem, UsageProblem
+from kdtool.methods._base import Method
 from kdtool.models import Loaded, load
 from kdtool.pipelines import setup
 from kdtool.pipelines.finished import read_proof
@@ -72,7 +73,9 @@ def get_ready(config: RunConfig, run: Run, work: Path | None = None) -> Ready:
     setup.check_metrics(config, task)
     facts = METHODS.info(config.method_name).facts
     check_fit(config.method_name, task.name)
-    if config.output.save_teacher and not (facts.get("trains_teacher") and config.teacher.model):
+    loads_teacher = facts.get("loads_teacher", True) and not config.teacher.writes_only
+    keeps = facts.get("trains_teacher") or not facts.get("loads_teacher", True)
+    if config.output.save_teacher and not (keeps and config.teacher.model):
         raise UsageProblem(
             f"--save-teacher: method {config.method_name} trains no teacher", hint="bd-kd, dml and kdcl train theirs"
         )
@@ -80,7 +83,7 @@ def get_ready(config: RunConfig, run: Run, work: Path | None = None) -> Ready:
     if data.train is None:
         raise DataProblem("the data has no rows to train on", hint="name their split: --set data.train_split=NAME")
     teacher = None
-    if config.teacher.model is not None and not facts.get("teacher_writes"):
+    if config.teacher.model is not None and loads_teacher:
         teacher = setup.load_teacher(config, task, data, run)
         setup.relabel(data, teacher, config, run)
         if config.teacher.fine_tune:
@@ -94,11 +97,11 @@ def get_ready(config: RunConfig, run: Run, work: Path | None = None) -> Ready:
     config.train.lr = config.train.lr or task.default_lr
     settings = METHODS.build_config(config.method_name, config.method_values)
     method = METHODS.get(config.method_name)(settings, student, [teacher] if teacher else [], task)
-    if facts.get("teacher_writes"):
+    if type(method).prepare is not Method.prepare:
         with contextlib.ExitStack() as stack:
             folder = work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
             data = prepared(method, task, data, config, run, folder)
-        teacher = method.teacher_list[0] if method.teacher_list else None
+        teacher = method.teacher_list[0] if method.teacher_list else teacher
     encoded = setup.encode(task, data, student, teacher, config, run)
     views = make_views(config, task, encoded.train, student, teacher)
     if (config.augment.mixup or config.augment.cutmix) and not method.mixes:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -37,9 +38,12 @@ def check_teacher(config: RunConfig) -> None:
     Raises:
         UsageProblem: it does, or the reference is wrong.
     """
-    if not config.teacher.writes_only or METHODS.info(config.method_name).facts.get("teacher_writes"):
-        if config.teacher.model is not None and EndpointRef.matches(config.teacher.model):
-            EndpointRef.parse(config.teacher.model)
+    facts = METHODS.info(config.method_name).facts
+    if config.teacher.fine_tune and (config.teacher.writes_only or not facts.get("loads_teacher", True)):
+        raise UsageProblem(f"--fine-tune-teacher: {config.method_name} asks its teacher for texts", hint="leave it out")
+    if not config.teacher.writes_only or facts.get("teacher_writes"):
+        if EndpointRef.matches(config.teacher.model):
+            EndpointRef.parse(str(config.teacher.model))
         return
     what = "a file" if config.teacher.is_file else "an endpoint"
     fitting = [name for name in METHODS.names() if METHODS.info(name).facts.get("teacher_writes")]
@@ -80,12 +84,10 @@ def prepared(method: Method, task: Task, data: DataSplits, config: RunConfig, ru
 
 def _renew(folder: Path, config: RunConfig, data: DataSplits) -> None:
     """Throw away what an earlier session made of other data or another teacher of the same name."""
-    files = [config.teacher.model] if config.teacher.is_file else []
-    files += [value for value in config.method_values.values() if isinstance(value, str) and Path(value).is_file()]
-    marks = {
-        "data": data.provenance.get("splits"),
-        "files": {str(name): file_sha256(Path(str(name)).expanduser()) for name in files if Path(str(name)).is_file()},
-    }
+    named = [config.teacher.model, *config.method_values.values()]
+    paths = [Path(name).expanduser() for name in named if isinstance(name, str)]
+    files = {str(path): file_sha256(path) for path in paths if path.is_file()}
+    marks = {"data": data.provenance.get("splits"), "files": files}
     known = folder / "prepared.json"
     text = json.dumps(marks, sort_keys=True, default=str)
     if known.is_file() and known.read_text(encoding="utf-8") == text:
@@ -144,7 +146,8 @@ def _fitting(
             method = METHODS.get("none")(METHODS.build_config("none", {}), loaded, [], task)
             run.reporter.info(f"training the {name} ({loaded.parameters:,} parameters) on {len(encoded)} rows")
             checkpoints = folder / "models" / f"{name}-checkpoints"
-            Trainer(method, encoded, settings, run, setup.is_head_of(loaded.model), checkpoints).train()
+            alone = replace(run, world=1)  # the other processes wait, and read what this one made
+            Trainer(method, encoded, settings, alone, setup.is_head_of(loaded.model), checkpoints).train()
             shutil.rmtree(checkpoints, ignore_errors=True)
         _keep(loaded, kept)
         return loaded

@@ -88,6 +88,9 @@ def test_a_teacher_in_memory_a_file_and_no_mentor(place, cli, tmp_path):
     if found.code == 2:
         assert "no rationale ends in the right answer" in found.problem
         assert len(lines(tmp_path / "out" / ".kdtool" / "kept" / "data" / "annotations.jsonl")) == 16
+    found = cli(*command(place, place / "teacher.jsonl", "-o", "sld", "--save-teacher", n_aug=0))
+    assert found.code == 0, found.err
+    assert (tmp_path / "sld" / "teacher" / "model.safetensors").is_file()
     found = cli(*command(place, place / "teacher.jsonl", "-o", "vanilla", n_aug=0, kd_lambda=0.0, mentor="null"))
     assert found.code == 0, found.err
     assert {path.name for path in (tmp_path / "vanilla" / "data").iterdir()} == {"annotations.jsonl", "train.jsonl"}
