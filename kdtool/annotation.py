@@ -16,8 +16,9 @@ from kdtool import rationales
 from kdtool.authors import Author, Key, Order, Style
 from kdtool.data.examples import Examples
 from kdtool.data.readers import file_sha256, read_table, table_suffix
-from kdtool.errors import ConfigProblem, DataProblem, nearest
+from kdtool.errors import DataProblem
 from kdtool.journal import Row, as_lines, key_of, read_rows, written
+from kdtool.metrics.exact_answer import RULES, agrees
 from kdtool.rationales import MARK, Rationale
 from kdtool.writing import write_bytes
 
@@ -33,19 +34,6 @@ _NAMES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
-    """How answers are found and compared.
-
-    Attributes:
-        dataset: Name in `kdtool.rationales.DATASETS`.
-        numeric: Compare arithmetic answers as numbers for every data set.
-    """
-
-    dataset: str
-    numeric: bool = False
-
-
-@dataclass(frozen=True, slots=True)
 class Question:
     """A question and its true answer."""
 
@@ -53,35 +41,12 @@ class Question:
     answer: str
 
 
-def find_rules(dataset: str | None, numeric: bool, source: str | None) -> Rules:
-    """Rules by name, or by a name that the reference to the data holds.
-
-    Raises:
-        ConfigProblem: an unknown name, or none.
-    """
-    known = rationales.DATASETS
-    if dataset is not None:
-        name = dataset.replace("-", "_")
-        if name not in known:
-            raise ConfigProblem(f"method.dataset={dataset}: no rules for the answers of it", hint=nearest(name, known))
-        return Rules(name, numeric)
-    text = (source or "").lower().replace("-", "_")
-    found = [name for name in known if name in text]
-    best = [name for name in found if not any(name != other and name in other for other in found)]
-    if len(best) != 1:
-        raise ConfigProblem(
-            "how answers are written cannot be told from the name of the data",
-            hint=f"--set method.dataset=NAME, one of {', '.join(known)}",
-        )
-    return Rules(best[0], numeric)
-
-
 def spelling(text: str) -> str:
     """A question without what is often written otherwise: case and spacing."""
     return " ".join(text.split()).lower()
 
 
-def questions_of(rows: Examples, rules: Rules) -> list[Question]:
+def questions_of(rows: Examples, rule: str) -> list[Question]:
     """The different questions of a data set, in order.
 
     Raises:
@@ -98,7 +63,7 @@ def questions_of(rows: Examples, rules: Rules) -> list[Question]:
         zip(rows.columns["prompt"], given, rows.columns["response"], strict=True), 1
     ):
         question = Question("\n".join(filter(None, (prompt.strip(), more.strip()))), answer.strip())
-        _check_gold(question, rules, number)
+        _check_gold(question, rule, number)
         first = found.setdefault(spelling(question.text), question)
         if first.answer != question.answer:
             raise DataProblem(
@@ -108,20 +73,19 @@ def questions_of(rows: Examples, rules: Rules) -> list[Question]:
     return list(found.values())
 
 
-def _check_gold(question: Question, rules: Rules, number: int) -> None:
-    """Refuse true answers that the rules of the data set cannot read."""
+def _check_gold(question: Question, rule: str, number: int) -> None:
+    """Refuse true answers that the rule cannot read."""
     if not question.answer:
         raise DataProblem(f"row {number}: a question without an answer", hint="rationales are judged by it")
-    try:
-        rationales.clean(question.answer, rules.dataset)
-    except ValueError:
+    if not agrees(f"{MARK} {question.answer}", question.answer, rule):
         raise DataProblem(
-            f"row {number}: '{question.answer:.40}' is no answer of {rules.dataset}", hint="see method.dataset"
-        ) from None
+            f"row {number}: '{question.answer:.40}' is no answer by the rule '{rule}'",
+            hint=f"--set eval.answers=RULE, one of {', '.join(RULES)}",
+        )
 
 
 def annotate(
-    folder: Path, author: Callable[[], Author], questions: Sequence[Question], samples: int, style: Style, rules: Rules
+    folder: Path, author: Callable[[], Author], questions: Sequence[Question], samples: int, style: Style, rule: str
 ) -> list[Row]:
     """Rationales of a teacher in two calls (zero-shot chain of thought): the reasoning, then the answer to it.
 
@@ -131,7 +95,7 @@ def annotate(
         questions: The questions.
         samples: Rationales for each.
         style: How chains are drawn; answers are the most likely ones.
-        rules: For the answers.
+        rule: How answers are found, one of `kdtool.metrics.exact_answer.RULES`.
     """
     style = Style(style.seed, style.temperature, style.top_p, style.max_tokens, _STOP, style.chat)
     orders = [
@@ -143,7 +107,7 @@ def annotate(
 
     def judge(key: Key, text: str) -> Row:
         question, chain = questions[key[0]], texts[key].replace(MARK, "->")
-        return _judged(question, chain, f"{chain} {MARK} {text.strip()}", rules)
+        return _judged(question, chain, f"{chain} {MARK} {text.strip()}", rule)
 
     asked = [Order(rationales.prompts(questions[key[0]].text, texts[key]), (key,)) for key in sorted(texts)]
     short = Style(style.seed, 0.0, 1.0, min(64, style.max_tokens), ("\n", *_STOP), style.chat)
@@ -151,7 +115,7 @@ def annotate(
 
 
 def augment(
-    folder: Path, author: Callable[[], Author], questions: Sequence[Question], samples: int, style: Style, rules: Rules
+    folder: Path, author: Callable[[], Author], questions: Sequence[Question], samples: int, style: Style, rule: str
 ) -> list[Row]:
     """Rationales of a mentor, who writes chain and answer at once; `augmented.jsonl`."""
     orders = [
@@ -160,15 +124,14 @@ def augment(
     ]
 
     def judge(key: Key, text: str) -> Row:
-        return _judged(questions[key[0]], rationales.split(text)[0], text, rules)
+        return _judged(questions[key[0]], rationales.split(text)[0], text, rule)
 
     return written(folder / "augmented.jsonl", author, orders, style, judge)
 
 
-def _judged(question: Question, chain: str, prediction: str, rules: Rules) -> Row:
+def _judged(question: Question, chain: str, prediction: str, rule: str) -> Row:
     """The record of a rationale, with the gold answer."""
-    row = rationales.judged(question.text, prediction, question.answer, rules.dataset, rules.numeric)
-    right = row.initial_correct and bool(chain.strip())
+    right = bool(chain.strip()) and agrees(prediction, question.answer, rule)
     return {
         "input": question.text,
         "chain": chain,
@@ -178,7 +141,7 @@ def _judged(question: Question, chain: str, prediction: str, rules: Rules) -> Ro
     }
 
 
-def from_file(path: Path, target: Path, questions: Sequence[Question], rules: Rules) -> list[Row]:
+def from_file(path: Path, target: Path, questions: Sequence[Question], rule: str) -> list[Row]:
     """Rationales of a file for the questions at hand, written to `target` in our form.
 
     Rows about other questions are left out. A row is right if its file says so and its answer is the true one; where
@@ -188,7 +151,7 @@ def from_file(path: Path, target: Path, questions: Sequence[Question], rules: Ru
         path: A table of questions, chains and answers.
         target: File of the stage.
         questions: The questions.
-        rules: For the answers.
+        rule: How answers are found, one of `kdtool.metrics.exact_answer.RULES`.
 
     Raises:
         DataProblem: no such file, columns are missing, or no row is about these questions.
@@ -204,7 +167,7 @@ def from_file(path: Path, target: Path, questions: Sequence[Question], rules: Ru
         number = numbers.get(spelling(str(found["input"])))
         if number is None:
             continue
-        row = _as_row(found, questions[number], rules)
+        row = _as_row(found, questions[number], rule)
         row |= {"question": number, "sample": count[number]}
         rows.append(row | {"provenance": {"file": path.name, "sha256": digest, "row": place + 1}})
         count[number] += 1
@@ -236,18 +199,12 @@ def _read(path: Path) -> dict[str, list[Any]]:
     return found
 
 
-def _as_row(found: Mapping[str, Any], question: Question, rules: Rules) -> Row:
+def _as_row(found: Mapping[str, Any], question: Question, rule: str) -> Row:
     """Our record of a row of a file."""
     chain, stated = str(found["chain"] or "").strip(), str(found["answer"] if found["answer"] is not None else "")
     if found.get("initial_correct") is None:
-        return _judged(question, chain, chain, rules)
-    agrees = spelling(stated) == spelling(question.answer)
-    if not agrees:
-        said = rationales.extract(f"{MARK} {stated}", rules.dataset)
-        agrees = rationales.correct(
-            said, rationales.clean(question.answer, rules.dataset), rules.dataset, rules.numeric
-        )
-    right = _flag(found["initial_correct"]) and agrees and bool(chain)
+        return _judged(question, chain, chain, rule)
+    right = bool(chain) and _flag(found["initial_correct"]) and agrees(f"{MARK} {stated}", question.answer, rule)
     chain = chain.replace(MARK, "->")
     return {"input": question.text, "chain": chain, "answer": question.answer, "initial_correct": right}
 
@@ -296,7 +253,7 @@ def as_examples(rows: Sequence[Row]) -> Examples:
     if not rows:
         raise DataProblem(
             "no rationale ends in the right answer",
-            hint="ask for more samples, another teacher, or check method.dataset",
+            hint="ask for more samples or another teacher, and check eval.answers",
         )
     prompts = [str(row["input"]) for row in rows]
     responses = [rationales.target(row["chain"], row["answer"]) for row in rows]

@@ -107,6 +107,8 @@ class DataSection(Section):
     """Put prompts and responses into the tokenizer's chat template, as conversations are."""
     long_prompts: Literal["drop", "cut"] = "drop"
     """Prompts that leave no room for a response: leave the row out, or cut the prompt on the left."""
+    packing: bool | None = None
+    """Put several rows of a causal language model side by side, apart from each other (default: where it can be)."""
     label: str | None = None
     """Column with the class."""
     image: str | None = None
@@ -237,6 +239,12 @@ class EvalSection(Section):
     """Gates such as accuracy=0.85 or accuracy.retention=0.97."""
     batch_size: int = Field(64, gt=0)
     """Examples in one forward pass of an evaluation."""
+    max_new_tokens: int = Field(128, gt=0)
+    """Most tokens a language model writes for each prompt, where a metric compares texts."""
+    stop: list[str] = []
+    """Strings that end what it writes, besides its end-of-sequence token."""
+    answers: str = "number"
+    """How exact-answer finds the answer in a text: number, text, or a data set with rules of its own, such as gsm8k."""
     temperature_scaling: Literal["val", "off"] = "val"
     """Fit a temperature on the validation rows, where there are any, and show calibration before and after it."""
     latency: bool = True

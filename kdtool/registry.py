@@ -203,22 +203,25 @@ ALL = {
 }
 
 
-def check_fit(method: str, task: str) -> None:
-    """Refuse a method for a task that lacks what it needs.
+def check_fit(name: str, task: str, registry: Registry = METHODS) -> None:
+    """Refuse a plug-in for a task that lacks what it needs; one that names no tasks fits all.
 
     Raises:
-        UsageProblem: says why, and which methods fit.
+        UsageProblem: says why, and which fit.
     """
-    facts = METHODS.info(method).facts
-    tasks = facts.get("tasks", frozenset())
-    if not tasks or task in tasks:
+    facts = registry.info(name).facts
+    if _fits(facts, task):
         return
-    fitting = [name for name in METHODS.names() if task in METHODS.info(name).facts.get("tasks", ())]
+    fitting = [other for other in registry.names() if _fits(registry.info(other).facts, task)]
     raise UsageProblem(
-        f"method '{method}' does not fit task '{task}'",
+        f"{registry.kind} '{name}' does not fit task '{task}'",
         why=_misfit(facts, task),
-        hint=f"methods for {task}: {', '.join(fitting)}" if fitting else "see: kdtool methods ls",
+        hint=f"{registry.kind}s for {task}: {', '.join(fitting)}" if fitting else "see: kdtool methods ls",
     )
+
+
+def _fits(facts: Mapping[str, Any], task: str) -> bool:
+    return task in (facts.get("tasks") or (task,))
 
 
 def _misfit(facts: Mapping[str, Any], task: str) -> str:

@@ -5,21 +5,19 @@ import json
 import pytest
 
 from kdtool import annotation
-from kdtool.annotation import Rules
 from kdtool.authors import EndpointAuthor, LocalAuthor, Order, Style, cut
 from kdtool.data.examples import Examples
 from kdtool.endpoint import EndpointRef
-from kdtool.errors import ConfigProblem, DataProblem, EndpointProblem
+from kdtool.errors import DataProblem, EndpointProblem
 from kdtool.journal import Journal, read_rows
 from kdtool.models import Loaded, load_model
 from kdtool.pipelines.setup import load_processor
-from kdtool.rationales import DATASETS
 from kdtool.registry import TASKS
 from kdtool.run import Run
 from tests import chains
 from tests.endpoint.server import Fault, Server
 
-SVAMP = Rules("svamp")
+SVAMP = "svamp"
 
 
 @pytest.fixture(scope="module")
@@ -252,22 +250,12 @@ def test_learning_from_nothing_is_refused():
 # Mistakes
 
 
-def test_rules_are_found_in_the_name_of_the_data_or_asked_for():
-    assert annotation.find_rules(None, False, "data/SVAMP") == SVAMP
-    assert annotation.find_rules(None, False, "x/tracking-shuffled-objects").dataset == "tracking_shuffled_objects"
-    assert annotation.find_rules("strategy-qa", True, None) == Rules("strategy_qa", True)
-    for dataset, source in (("nothing", "svamp"), (None, "mine"), (None, "svamp-and-gsm8k"), (None, None)):
-        with pytest.raises(ConfigProblem) as caught:
-            annotation.find_rules(dataset, False, source)
-        assert any(name in str(caught.value.hint) for name in DATASETS)
-
-
 def test_questions_come_once_and_need_answers_that_are_some():
     rows = chains.sums(3)
     assert len(questions([*rows, rows[0]])) == 3
     for bad, said in (
         ({**rows[0], "answer": " "}, "without an answer"),
-        ({**rows[0], "answer": "nought"}, "'nought' is no answer of svamp"),
+        ({**rows[0], "answer": "nought"}, "'nought' is no answer by the rule 'svamp'"),
         ({**rows[0], "answer": "5"}, "that of the same question before it '0'"),
     ):
         with pytest.raises(DataProblem, match=said):

@@ -53,7 +53,8 @@ def tokenizer(rows: list[dict[str, str]], least: int) -> transformers.PreTrained
     model = Tokenizer(models.WordPiece(vocabulary, unk_token=SPECIAL["unk_token"]))
     digits = pre_tokenizers.Digits(individual_digits=True)
     model.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.Punctuation(), digits])
-    model.decoder = decoders.WordPiece()
+    # the mark before an answer is three tokens, and one word of the text
+    model.decoder = decoders.Sequence([decoders.WordPiece(), decoders.Fuse(), decoders.Replace("- - >", "-->")])
     return transformers.PreTrainedTokenizerFast(tokenizer_object=model, **SPECIAL)
 
 

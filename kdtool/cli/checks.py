@@ -89,6 +89,11 @@ def _check_compress(config: RunConfig) -> None:
         raise UsageProblem("no model given", hint="kdtool compress MODEL --method NAME -o FOLDER")
     has_data = config.data.source is not None or config.eval.benchmark is not None
     METHODS.check(config.recover.method)
+    for name in names:
+        if COMPRESSORS.info(name).facts.get("trains") and not has_data:
+            raise UsageProblem(f"{name} trains on data", hint="add --data DATA")
+        if config.data.task is not None:
+            check_fit(name, config.data.task, COMPRESSORS)
     if config.recover.steps is not None and not has_data:
         raise UsageProblem("--recover trains on data", hint="add --data DATA")
     if config.eval.fail_under and not has_data:

@@ -4,18 +4,22 @@ A compressor is a file with `Config` (a frozen dataclass of literal defaults), t
 
     compress(loaded, config, context) -> Loaded
 
-It must leave the model it is given as it is.
+It must leave the model it is given as it is. A compressor that trains says so by the literal `trains = True`; one
+that does not fit every task names those it fits in the literal `tasks`, and in `needs` what the others lack.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from kdtool.config import TrainSection
+from kdtool.data.examples import Examples
 from kdtool.derive import depth_of
 from kdtool.errors import ModelProblem
 from kdtool.models import Loaded
@@ -34,11 +38,17 @@ class Context:
         task: Runs the model.
         batches: Real inputs without labels, for statistics and for comparing outputs; None without data.
         run: Context of the run.
+        rows: Encoded training rows, for compressors that train; None where there are none.
+        train: How to train on them; length and learning rates are the compressor's own.
+        checkpoints: Where its checkpoints go; None for none.
     """
 
     task: Task
     batches: Sequence[Batch] | None
     run: Run
+    rows: Examples | None = None
+    train: TrainSection = field(default_factory=TrainSection)
+    checkpoints: Path | None = None
 
 
 def body_config(config: Any) -> Any:

@@ -1,141 +1,195 @@
 """Compactors around the linear maps of an encoder, and their merge into smaller weights (WID, section 3).
 
-A compacted linear map computes y = R (W (L x) + b); dropped columns of L and rows of R are zero. Keep-sets
-align them: `hidden` is the residual stream, `attn.l` and `ffn.l` the inner sides of layer l, `mlm` the
-output of the head's transform.
+A compacted linear map computes y = R (W (L x) + b); dropped columns of L and rows of R become zero.
 """
 
 import copy
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from kdtool.compressors._wid_anatomy import Anatomy, Site
+
 State = Mapping[str, Tensor]
 
-
-@dataclass(frozen=True, slots=True)
-class Site:
-    """One linear map.
-
-    Attributes:
-        path: Module path in the model.
-        key: Stem of its compactors' names: KEY_in and KEY_out.
-        inner: Keep-set of its inputs.
-        outer: Keep-set of its outputs; None where they are not cut.
-    """
-
-    path: str
-    key: str
-    inner: str
-    outer: str | None
-
-
-def sites(prefix: str, depth: int) -> list[Site]:
-    """The linear maps of a BERT-like masked language model.
-
-    Args:
-        prefix: Name of its body, such as `bert`.
-        depth: Number of layers.
-    """
-    found: list[Site] = []
-    for i in range(depth):
-        at, key, attn, ffn = f"{prefix}.encoder.layer.{i}", f"layer.{i}", f"attn.{i}", f"ffn.{i}"
-        found += [
-            Site(f"{at}.attention.self.{name}", f"{key}.{name}", "hidden", attn) for name in ("query", "key", "value")
-        ]
-        found += [
-            Site(f"{at}.attention.output.dense", f"{key}.attn_output", attn, "hidden"),
-            Site(f"{at}.intermediate.dense", f"{key}.intermediate", "hidden", ffn),
-            Site(f"{at}.output.dense", f"{key}.output", ffn, "hidden"),
-        ]
-    head = "cls.predictions"
-    found.append(Site(f"{head}.transform.dense", "mlm_transform", "hidden", "mlm"))
-    found.append(Site(f"{head}.decoder", "mlm_decoder", "mlm", None))
-    return found
-
-
-def norms(prefix: str, depth: int) -> dict[str, str]:
-    """Path of each LayerNorm to the keep-set it works on; that of the embeddings comes first."""
-    found = {f"{prefix}.embeddings.LayerNorm": "hidden"}
-    for i in range(depth):
-        at = f"{prefix}.encoder.layer.{i}"
-        found |= {f"{at}.attention.output.LayerNorm": "hidden", f"{at}.output.LayerNorm": "hidden"}
-    return found | {"cls.predictions.transform.LayerNorm": "mlm"}
-
-
-def kept_layer_norm(x: Tensor, keep: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """LayerNorm whose mean and deviation are over kept dimensions only; dropped ones give zero.
-
-    Args:
-        x: [..., n].
-        keep: Indices [m] of kept dimensions, rising.
-        weight: [n].
-        bias: [n].
-        eps: Added to the (biased) variance.
-    """
-    inner = functional.layer_norm(x[..., keep], (len(keep),), weight[keep], bias[keep], eps)
-    return torch.zeros_like(x).index_copy(-1, keep, inner)
-
-
-class KeptLayerNorm(nn.Module):
-    """A LayerNorm over kept dimensions, after an optional compactor."""
-
-    def __init__(self, norm: Any, keep: Tensor, compactor: Tensor | None = None) -> None:
-        super().__init__()
-        self.norm, self.keep = norm, keep
-        self.compactor = compactor
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., n] to [..., n]."""
-        if self.compactor is not None:
-            x = functional.linear(x, self.compactor)
-        return kept_layer_norm(x, self.keep, self.norm.weight, self.norm.bias, self.norm.eps)
+COMPACTORS = ("inner", "outer", "stream")
+"""Names of the parameters that are compactors."""
+_INHERITED = ".inherited."
 
 
 class CompactedLinear(nn.Module):
-    """y = R (W (L x) + b), with the dropped columns of L and rows of R taken as zero."""
+    """y = R (W (L x) + b).
 
-    def __init__(self, linear: Any, inner: Tensor, outer: Tensor | None) -> None:
+    Attributes:
+        inherited: The linear map itself.
+        inner: L [in, in], or None.
+        outer: R [out, out], or None.
+    """
+
+    def __init__(self, linear: Any, inner: bool, outer: bool) -> None:
         super().__init__()
-        self.linear, self.inner, self.outer = linear, inner, outer
+        self.inherited = linear
+        like = {"dtype": linear.weight.dtype, "device": linear.weight.device}
+        self.inner = nn.Parameter(torch.eye(linear.in_features, **like)) if inner else None
+        self.outer = nn.Parameter(torch.eye(linear.out_features, **like)) if outer else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] to [..., out]."""
-        y: Tensor = self.linear(functional.linear(x, self.inner))
+        """[..., in] to [..., out]; one product or three, whichever multiplies less."""
+        weight, bias = self.inherited.weight, self.inherited.bias
+        wide, high = weight.shape[1], weight.shape[0]
+        apart = (0 if self.inner is None else wide**2) + (0 if self.outer is None else high**2)
+        once = (0 if self.inner is None else wide**2 * high) + (0 if self.outer is None else high**2 * wide)
+        if x.numel() // wide * apart > once:
+            weight = weight if self.inner is None else weight @ self.inner
+            if self.outer is not None:
+                weight, bias = self.outer @ weight, None if bias is None else self.outer @ bias
+            return functional.linear(x, weight, bias)
+        x = x if self.inner is None else functional.linear(x, self.inner)
+        y: Tensor = self.inherited(x)
         return y if self.outer is None else functional.linear(y, self.outer)
 
 
-def _columns(matrix: Tensor, keep: Tensor) -> Tensor:
-    return torch.zeros_like(matrix).index_copy(1, keep, matrix[:, keep])
+class KeptLayerNorm(nn.Module):
+    """A LayerNorm whose mean and (biased) deviation are over kept dimensions only.
+
+    The others are normalised alike, since what reads them is to become zero, not they; with `hard` they are zero.
+    """
+
+    keep: Tensor
+
+    def __init__(self, norm: Any, hard: bool = False) -> None:
+        super().__init__()
+        self.inherited, self.hard = norm, hard
+        self.register_buffer("keep", torch.ones_like(norm.weight, dtype=torch.bool), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., n] to [..., n]."""
+        norm, keep = self.inherited, self.keep.to(x.dtype)
+        count = keep.sum()
+        mean = (x * keep).sum(-1, keepdim=True) / count
+        centred = x - mean
+        variance = (centred.square() * keep).sum(-1, keepdim=True) / count
+        y: Tensor = centred * torch.rsqrt(variance + norm.eps) * norm.weight + norm.bias
+        return y * keep if self.hard else y
 
 
-def _rows(matrix: Tensor, keep: Tensor) -> Tensor:
-    return torch.zeros_like(matrix).index_copy(0, keep, matrix[keep])
+class Entry(nn.Module):
+    """The compactor of the residual stream, before the module that embeddings go through first."""
+
+    def __init__(self, module: Any, like: Tensor, size: int) -> None:
+        super().__init__()
+        self.inherited = module
+        self.stream = nn.Parameter(torch.eye(size, dtype=like.dtype, device=like.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., H] to [..., H]."""
+        y: Tensor = self.inherited(functional.linear(x, self.stream))
+        return y
 
 
-def compacted(model: nn.Module, compactors: State, keep: State) -> nn.Module:
-    """A copy of a masked language model with its compactors in place and dropped dimensions zeroed.
+def compacted(model: nn.Module, anatomy: Anatomy) -> Any:
+    """A copy of a model with compactors in place, all of them the identity, and nothing dropped."""
+    wrapped: Any = copy.deepcopy(model)
+    like = next(wrapped.parameters())
+    for site in anatomy.sites:
+        linear = wrapped.get_submodule(site.path)
+        wrapped.set_submodule(site.path, CompactedLinear(linear, site.inner is not None, site.outer is not None))
+    for path in anatomy.norms:
+        wrapped.set_submodule(path, KeptLayerNorm(wrapped.get_submodule(path), hard=path == anatomy.pooled))
+    if anatomy.entry is not None:
+        wrapped.set_submodule(anatomy.entry, Entry(wrapped.get_submodule(anatomy.entry), like, anatomy.hidden))
+    return wrapped
+
+
+def _norm_at(wrapped: Any, path: str) -> Any:
+    module = wrapped.get_submodule(path)
+    return module.inherited if isinstance(module, Entry) else module
+
+
+def compactors_of(wrapped: Any, anatomy: Anatomy) -> dict[str, nn.Parameter]:
+    """Compactors by name: KEY_in and KEY_out of each site, and `emb` of the stream."""
+    found: dict[str, nn.Parameter] = {}
+    for site in anatomy.sites:
+        module = wrapped.get_submodule(site.path)
+        found |= {f"{site.key}_in": module.inner} if site.inner is not None else {}
+        found |= {f"{site.key}_out": module.outer} if site.outer is not None else {}
+    if anatomy.entry is not None:
+        found["emb"] = wrapped.get_submodule(anatomy.entry).stream
+    return found
+
+
+def roles_of(wrapped: Any, anatomy: Anatomy) -> list[tuple[nn.Parameter, str, str]]:
+    """Each parameter of which a keep-set drops something, with its role (`in`, `out`, `bias`) and that keep-set.
+
+    The bias of a map belongs to its outputs; norms give up their bias alone (section 3.4).
+    """
+    compactors = compactors_of(wrapped, anatomy)
+    found: list[tuple[nn.Parameter, str, str]] = []
+    for site in anatomy.sites:
+        bias = wrapped.get_submodule(site.path).inherited.bias
+        if site.inner is not None:
+            found.append((compactors[f"{site.key}_in"], "in", site.inner))
+        if site.outer is not None:
+            found.append((compactors[f"{site.key}_out"], "out", site.outer))
+            found += [] if bias is None else [(bias, "bias", site.outer)]
+    for path, group in anatomy.norms.items():
+        found.append((_norm_at(wrapped, path).inherited.bias, "bias", group))
+    if anatomy.entry is not None:
+        found.append((compactors["emb"], "out", "hidden"))
+    return found
+
+
+def set_masks(wrapped: Any, anatomy: Anatomy, keep: State) -> None:
+    """Tell the norms what is kept.
 
     Args:
-        model: BERT-like, with a `base_model_prefix`.
-        compactors: `emb`, and KEY_in and KEY_out of each site.
-        keep: Keep-set to rising indices.
+        wrapped: From `compacted`; changed in place.
+        anatomy: Of the model.
+        keep: Keep-set to bool [n].
     """
-    wrapped: Any = copy.deepcopy(model)
-    prefix, depth = wrapped.base_model_prefix, wrapped.config.num_hidden_layers
-    for site in sites(prefix, depth):
-        inner = _columns(compactors[f"{site.key}_in"], keep[site.inner])
-        outer = None if site.outer is None else _rows(compactors[f"{site.key}_out"], keep[site.outer])
-        wrapped.set_submodule(site.path, CompactedLinear(wrapped.get_submodule(site.path), inner, outer))
-    for place, (path, group) in enumerate(norms(prefix, depth).items()):
-        first = _rows(compactors["emb"], keep["hidden"]) if place == 0 else None
-        wrapped.set_submodule(path, KeptLayerNorm(wrapped.get_submodule(path), keep[group], first))
-    return wrapped  # type: ignore[no-any-return]
+    for path, group in anatomy.norms.items():
+        _norm_at(wrapped, path).keep.copy_(keep[group])
+
+
+@torch.no_grad()
+def zeroed(wrapped: Any, anatomy: Anatomy, keep: State) -> Any:
+    """A copy in which all that the keep-sets drop is zero: what a merge is exact for."""
+    masked = copy.deepcopy(wrapped)
+    set_masks(masked, anatomy, keep)
+    for path in anatomy.norms:
+        _norm_at(masked, path).hard = True
+    for compactor, role, group in roles_of(masked, anatomy):
+        if role != "bias":
+            compactor.mul_(keep[group].unsqueeze(0 if role == "in" else 1))
+    return masked
+
+
+@torch.no_grad()
+def largest_dropped_norm(wrapped: Any, anatomy: Anatomy, keep: State) -> float:
+    """Largest L2 norm among dropped columns of in-compactors and dropped rows of out-compactors; 0 if none is."""
+    largest = 0.0
+    for compactor, role, group in roles_of(wrapped, anatomy):
+        gone = ~keep[group]
+        if role != "bias" and gone.any():
+            norms = torch.linalg.vector_norm(compactor, dim=0 if role == "in" else 1)
+            largest = max(largest, float(norms[gone].max()))
+    return largest
+
+
+def inherited_state(wrapped: Any) -> dict[str, Tensor]:
+    """The model's own weights, as trained, under the names that they have without compactors."""
+    own = {}
+    for name, value in wrapped.state_dict().items():
+        if name.rpartition(".")[2] in COMPACTORS:
+            continue
+        while _INHERITED in name:  # the entry of the stream may be a norm, which is wrapped itself
+            name = name.replace(_INHERITED, ".", 1)
+        own[name] = value
+    return own
 
 
 def query_factor(head_size: int, kept_head_size: int) -> float:
@@ -143,36 +197,41 @@ def query_factor(head_size: int, kept_head_size: int) -> float:
     return math.sqrt(kept_head_size / head_size)
 
 
-def merge(state: State, compactors: State, keep: State, prefix: str, factor: float) -> dict[str, Tensor]:
+def _merged_site(site: Site, state: State, compactors: State, keep: State, factor: float) -> dict[str, Tensor]:
+    weight, bias = state[f"{site.path}.weight"], state.get(f"{site.path}.bias")
+    if site.inner is not None:
+        weight = weight @ compactors[f"{site.key}_in"][:, keep[site.inner]]
+    if site.outer is not None:
+        outer = compactors[f"{site.key}_out"][keep[site.outer]]
+        weight, bias = outer @ weight, None if bias is None else outer @ bias
+    scale = factor if site.key.endswith(".query") else 1.0
+    made = {f"{site.path}.weight": weight * scale}
+    return made if bias is None else made | {f"{site.path}.bias": bias * scale}
+
+
+def merge(state: State, compactors: State, keep: State, anatomy: Anatomy, factor: float) -> dict[str, Tensor]:
     """Multiply compactors into the weights, keeping only what the keep-sets hold.
 
     Args:
-        state: Weights of the masked language model; those outside the pattern pass through.
-        compactors: As for `compacted`.
-        keep: As for `compacted`.
-        prefix: Name of the model's body.
+        state: Weights of the model; those outside the pattern pass through.
+        compactors: `emb`, and KEY_in and KEY_out of each site.
+        keep: Keep-set to bool [n], or to rising indices.
+        anatomy: Of the model.
         factor: From `query_factor`; 1 where heads keep their size.
 
     Returns:
-        Weights of the student, under the same names. The decoder has weights of its own.
+        Weights of the smaller model, under the same names.
     """
     merged = dict(state)
-    hidden = keep["hidden"]
-    depth = sum(group.startswith("attn.") for group in keep)
-    for site in sites(prefix, depth):
-        weight, bias = state[f"{site.path}.weight"], state.get(f"{site.path}.bias")
-        weight = weight @ compactors[f"{site.key}_in"][:, keep[site.inner]]
-        if site.outer is not None:
-            outer = compactors[f"{site.key}_out"][keep[site.outer]]
-            weight, bias = outer @ weight, None if bias is None else outer @ bias
-        scale = factor if site.path.endswith(".self.query") else 1.0
-        merged[f"{site.path}.weight"] = weight * scale
-        if bias is not None:
-            merged[f"{site.path}.bias"] = bias * scale
-    for name in ("word", "position", "token_type"):
-        key = f"{prefix}.embeddings.{name}_embeddings.weight"
-        merged[key] = state[key] @ compactors["emb"][hidden].T
-    for path, group in norms(prefix, depth).items():
-        for part in ("weight", "bias"):
-            merged[f"{path}.{part}"] = state[f"{path}.{part}"][keep[group]]
+    for site in anatomy.sites:
+        merged |= _merged_site(site, state, compactors, keep, factor)
+    if anatomy.entry is not None:
+        into = compactors["emb"][keep["hidden"]]
+        merged |= {name: state[name] @ into.T for name in anatomy.tables}
+        if anatomy.patches is not None:
+            weight, bias = (state[f"{anatomy.patches}.{part}"] for part in ("weight", "bias"))
+            merged[f"{anatomy.patches}.weight"] = torch.einsum("sh,hcij->scij", into, weight)
+            merged[f"{anatomy.patches}.bias"] = into @ bias
+    for path, group in anatomy.norms.items():
+        merged |= {f"{path}.{part}": state[f"{path}.{part}"][keep[group]] for part in ("weight", "bias")}
     return merged

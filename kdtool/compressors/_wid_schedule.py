@@ -34,7 +34,9 @@ def keep_smallest_out(norms: Tensor, drops: int) -> Tensor:
     return keep
 
 
-def keep_attention(norms: Tensor, k: int, target: int, head_size: int, strategy: Strategy) -> Tensor:
+def keep_attention(
+    norms: Tensor, k: int, target: int, head_size: int, strategy: Strategy, fractional: bool = False
+) -> Tensor:
     """Mask [H] bool of an attention set or of the residual stream after `k` intervals.
 
     Args:
@@ -43,6 +45,8 @@ def keep_attention(norms: Tensor, k: int, target: int, head_size: int, strategy:
         target: Dimensions to keep in the end.
         head_size: Size d of a head.
         strategy: `dim` makes every head smaller, `head` drops whole heads.
+        fractional: Spread what a head loses evenly over the intervals. The published increment, an eighth
+            rounded down, is zero for heads that lose fewer than eight dimensions: they would lose none.
     """
     hidden = len(norms)
     heads = hidden // head_size
@@ -51,7 +55,23 @@ def keep_attention(norms: Tensor, k: int, target: int, head_size: int, strategy:
         gone = min(k // 2, (hidden - target) // head_size)
         return keep_smallest_out(blocks.sum(1), gone).repeat_interleave(head_size)
     each = int((hidden - target) / heads)
-    gone = k * (each // DIM_INTERVALS)
+    gone = k * each // DIM_INTERVALS if fractional else k * (each // DIM_INTERVALS)
     if gone * heads > hidden - target:
         gone = each
     return torch.stack([keep_smallest_out(block, gone) for block in blocks]).reshape(hidden)
+
+
+def intervals(hidden: int, target: int, head_size: int, strategy: Strategy) -> int:
+    """Intervals after which all sets have reached their target.
+
+    Args:
+        hidden: Dimensions H of the residual stream.
+        target: Dimensions to keep in the end; a whole number in each head, or of whole heads.
+        head_size: Size d of a head.
+        strategy: As for `keep_attention`.
+    """
+    if strategy == "head":
+        return max(DENSE_INTERVALS, 2 * (hidden - target) // head_size)
+    each = (hidden - target) * head_size // hidden
+    increment = each // DIM_INTERVALS
+    return max(DENSE_INTERVALS, -(-each // increment) if increment else DIM_INTERVALS)

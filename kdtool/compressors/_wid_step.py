@@ -1,10 +1,11 @@
 """The optimiser step of weight-inherited distillation: a penalty in Adam's first moment (WID, section 3.4)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Role = Literal["in", "out", "bias"]
 
@@ -19,23 +20,18 @@ class Adam:
     weight_decay: float = 0.0
 
 
-def dropped_entries(parameter: Tensor, keep: Tensor, role: Role) -> Tensor:
+def dropped_entries(keep: Tensor, role: Role) -> Tensor:
     """Mask of the entries that a keep-set drops: columns of an in-compactor, rows of an out-compactor.
 
     Args:
-        parameter: [n, n], or [n] for a bias.
         keep: [n] bool.
-        role: What the parameter is.
+        role: What the parameter is: a compactor [n, n], or a bias [n].
 
     Returns:
-        Bool, in the shape of the parameter.
+        Bool, of a shape that broadcasts to that of the parameter.
     """
     gone = ~keep.bool()
-    if role == "in":
-        gone = gone.unsqueeze(0)
-    elif role == "out":
-        gone = gone.unsqueeze(1)
-    return gone.expand_as(parameter)
+    return gone if role == "bias" else gone.unsqueeze(0 if role == "in" else 1)
 
 
 def penalise(parameter: Tensor, grad: Tensor, exp_avg: Tensor, gone: Tensor, strength: float) -> Tensor:
@@ -49,8 +45,8 @@ def penalise(parameter: Tensor, grad: Tensor, exp_avg: Tensor, gone: Tensor, str
         The gradient to step with.
     """
     if strength > 1.0:
-        exp_avg.mul_(0.9).add_(torch.where(gone, 0.1 * (strength - 1.0) * parameter, 0.0))
-    return torch.where(gone, min(strength, 1.0) * parameter, grad)
+        exp_avg.mul_(0.9).addcmul_(gone.to(parameter.dtype), parameter, value=0.1 * (strength - 1.0))
+    return torch.where(gone, parameter if strength >= 1.0 else strength * parameter, grad)
 
 
 def shrink(parameter: Tensor, grad: Tensor) -> Tensor:
@@ -67,3 +63,51 @@ def step(parameter: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, a
     parameter.addcdiv_(exp_avg, exp_avg_sq.sqrt().add_(adam.eps), value=-adam.lr)
     if adam.weight_decay:
         parameter.add_(parameter, alpha=-adam.lr * adam.weight_decay)
+
+
+class PenalisedAdamW(torch.optim.Optimizer):
+    """AdamW without bias correction whose moments see the penalty on what is dropped.
+
+    Args:
+        groups: With `params`, `lr` and `weight_decay`.
+        roles: Each parameter that loses something, with what it is and the name of its keep-set.
+        strength: lambda of the penalty.
+    """
+
+    masks: Mapping[str, Tensor]
+    """Keep-set to bool [n]; set before each step."""
+    phase: Literal["warm", "active"]
+    """`warm` shrinks all of every compactor, `active` pulls what is dropped towards zero."""
+
+    def __init__(
+        self, groups: list[dict[str, Any]], roles: list[tuple[nn.Parameter, Role, str]], strength: float
+    ) -> None:
+        super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0})
+        self.roles: dict[Tensor, tuple[Role, str]] = {parameter: (role, name) for parameter, role, name in roles}
+        self.strength = strength
+        self.masks, self.phase = {}, "warm"
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override] # no closure is ever given
+        """One step; parameters without gradient stay."""
+        for group in self.param_groups:
+            adam = Adam(group["lr"], weight_decay=group["weight_decay"])
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(parameter) for _ in range(2))
+                grad = self._with_penalty(parameter, state["exp_avg"])
+                step(parameter, grad, state["exp_avg"], state["exp_avg_sq"], adam)
+
+    def _with_penalty(self, parameter: Tensor, exp_avg: Tensor) -> Tensor:
+        """The gradient to step with."""
+        grad: Tensor = parameter.grad  # type: ignore[assignment] # asked before
+        if parameter not in self.roles:
+            return grad
+        role, name = self.roles[parameter]
+        if self.phase == "active":
+            gone = dropped_entries(self.masks[name], role)
+            return penalise(parameter, grad, exp_avg, gone, self.strength)
+        return grad if role == "bias" else shrink(parameter, grad)

@@ -2,23 +2,40 @@
 
 Every function here takes logits [units, classes], works in float32 whatever the input, and returns
 the sum over units as a scalar that carries the gradient of its first argument. `_tokens` holds the
-divergences of language models with hand-written gradients, `_chunked` the same from hidden states.
+divergences of language models with hand-written gradients, `_chunked` the same from hidden states,
+`_top_k` the same with a teacher of whom only the likeliest tokens are known, `_sinkhorn` a distance
+between sets of outputs.
 """
 
 from torch import Tensor
 from torch.nn import functional
 
-from kdtool.divergences._chunked import Head, compare
-from kdtool.divergences._tokens import KINDS, Divergence, divergence
+from kdtool.divergences._chunked import Measure, Teacher, compare, compare_all
+from kdtool.divergences._heads import Adapter, Head, head_of
+from kdtool.divergences._sinkhorn import Sinkhorn, cost, shortlist, sinkhorn_distance, sinkhorn_rows
+from kdtool.divergences._tokens import KINDS, Divergence, divergence, precise
+from kdtool.divergences._top_k import TopK
 
 __all__ = [
     "KINDS",
+    "Adapter",
     "Divergence",
     "Head",
+    "Measure",
+    "Sinkhorn",
+    "Teacher",
+    "TopK",
     "compare",
+    "compare_all",
+    "cost",
     "cross_entropy",
     "divergence",
     "forward_kl",
+    "head_of",
+    "precise",
+    "shortlist",
+    "sinkhorn_distance",
+    "sinkhorn_rows",
     "squared_error",
     "standardize",
 ]

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from kdtool.authors import Author
 from kdtool.config import RunConfig, TrainSection
 from kdtool.data.examples import DataSplits, Examples
+from kdtool.divergences import Teacher as Told
 from kdtool.models import Loaded
 from kdtool.run import Run
 from kdtool.tasks._base import VIEW, Batch, Outputs, Task, view_of
 from kdtool.teacher_cache import TeacherCache
+from kdtool.train.optim import build_optimizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +27,13 @@ class Losses:
         total: Scalar, sum of the loss over units (examples or tokens); carries the gradient.
         count: Number of units summed; the loop divides once per optimiser step.
         parts: Detached sums of the named terms, for the log.
+        units: How many units those parts are over that are not over all; a part without any is left out of the log.
     """
 
     total: Tensor
     count: Tensor | int
     parts: Mapping[str, Tensor] = field(default_factory=dict)
+    units: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +95,8 @@ class Method(nn.Module):
     """True if the loss takes labels [units, classes], as mixup and CutMix make them."""
     cacheable: ClassVar[bool] = True
     """False if the teacher never answers rows of the data alone, so that a teacher cache would stay empty."""
+    packs: ClassVar[bool] = True
+    """False if a step needs each example of a language model in a row of its own, such as to go on from it."""
     batchwise: ClassVar[bool] = False
     """True if the loss couples the samples of a batch."""
     golden: ClassVar[str] = ""
@@ -107,8 +113,17 @@ class Method(nn.Module):
         for teacher in self.teacher_list:
             teacher.model.eval().requires_grad_(False)
 
+        self.steps = 1
+        """Steps of the whole training, once it has begun."""
+        self.folder: Path | None = None
+        """Where it may leave files that belong to the result; they stay there while a run is interrupted."""
+        self.held_out: Examples | None = None
+        """Encoded rows for choices during training; None where the data has none for it."""
+
     teacher_writes: ClassVar[bool] = False
     """True if a teacher that gives only texts will do, an endpoint or a file; `prepare` makes its texts the data."""
+    metrics: ClassVar[tuple[str, ...]] = ()
+    """What its students are measured by where nothing is asked for (default: what the task measures)."""
     loads_teacher: ClassVar[bool] = True
     """False if only `prepare` asks the teacher, which is loaded there when it has something to write."""
 
@@ -142,6 +157,19 @@ class Method(nn.Module):
             resumed: True if some of its steps were done before, and `state_dict()` is as it was then.
         """
 
+    def optimizer(self, groups: list[dict[str, Any]], config: TrainSection, device: str) -> torch.optim.Optimizer:
+        """The update rule of a stage, built when it begins; by default the one that the configuration names.
+
+        Args:
+            groups: Trainable parameters, with the `lr` and `weight_decay` of each group.
+            config: Optimisation settings.
+            device: Where the parameters are.
+        """
+        return build_optimizer(groups, config, device)
+
+    def before_step(self, step: int) -> None:
+        """An optimiser step begins, counted from 0 over all stages; by default nothing happens."""
+
     def cautions(self, epochs: float) -> Sequence[str]:
         """What the user should know of these settings with this length of training, one line each."""
         return ()
@@ -155,6 +183,14 @@ class Method(nn.Module):
         if cached and index in self.caches and VIEW in batch:
             return Outputs(self.caches[index].get(batch[VIEW]), None)
         return self.task.forward(self.teacher_list[index].model, view_of(batch, index))
+
+    @torch.no_grad()
+    def tell(self, batch: Batch, index: int = 0) -> Told:
+        """What a frozen language model says of the units, in the form that takes least; see `kdtool.divergences`."""
+        if index in self.caches and VIEW in batch:
+            return self.caches[index].get(batch[VIEW])
+        there = self.task.states(self.teacher_list[index].model, view_of(batch, index))
+        return there.hidden, there.head
 
     def step(self, batch: Batch, progress: float) -> Losses:
         """Loss of one micro-batch.

@@ -1,12 +1,13 @@
 """Methods of language models that compare student and teacher on texts, given or generated.
 
-A window of the data is cut into a prompt and a target; what is generated keeps its token ids. The loss
-is made from hidden states, some tokens at a time (see `kdtool.divergences`).
+A row is a prompt and what follows it: its response where the data has responses, else the second part of a
+window of plain text. What is generated keeps its token ids. The loss is made from hidden states, some tokens
+at a time (see `kdtool.divergences`).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -14,20 +15,79 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from kdtool.data.examples import Examples
-from kdtool.divergences import Divergence, Head, compare
+from kdtool.divergences import Divergence, compare, head_of
 from kdtool.errors import TrainingProblem
-from kdtool.generation import CachedModel, Generated, Interleaving, generate, uniforms
+from kdtool.generation import CachedModel, Generated, Interleaving, Scorer, StopStrings, Warp, generate, uniforms
 from kdtool.methods import _base
+from kdtool.methods._kept import Kept
 from kdtool.models import Loaded
-from kdtool.tasks._base import ROWS, Batch, Task
+from kdtool.tasks._base import LABELS, ROWS, Batch, Task
+from kdtool.tasks._language import IGNORED
+from kdtool.tasks._packing import POSITIONS
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PromptConfig:
-    """Settings of every method that needs prompts."""
+    """Settings of every method that cuts texts into prompt and target."""
 
     prompt_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    """Share of each window that is the prompt; the loss counts what comes after it."""
+    """Share of each window of plain text that is the prompt; rows with responses have prompts of their own."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Settings of the divergence."""
+
+    divergence: Literal["forward-kl", "reverse-kl", "jsd", "tvd", "skewed-kl", "skewed-reverse-kl"] = "forward-kl"
+    """Forward-kl, reverse-kl, jsd, tvd, skewed-kl or skewed-reverse-kl."""
+    beta: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Of jsd: 0 is forward KL, 1 reverse KL."""
+    skew: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Of the skewed kinds: share of the first distribution in what it is compared with."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Divides both logits in the loss, without a factor T^2."""
+
+
+@dataclass(frozen=True)
+class WritingConfig:
+    """Settings of every method that generates."""
+
+    max_new_tokens: Annotated[int, Field(gt=0)] | None = None
+    """The most that is generated for a prompt (default: as many tokens as follow it in the data)."""
+    stop_strings: list[str] | None = None
+    """Texts end where they hold one of these, besides the end-of-text token."""
+    save_generations: bool = False
+    """Write what was generated to generations.jsonl in the output folder."""
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How the student samples alone."""
+
+    student_temperature: Annotated[float, Field(ge=0)] = 1.0
+    """Of the student's samples; 0 takes the most likely token."""
+    student_top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus of the student's samples."""
+
+
+@dataclass(frozen=True)
+class RepairConfig:
+    """How the teacher repairs what the student proposes."""
+
+    k: Annotated[int, Field(gt=0)] = 25
+    """Rank up to which the teacher lets a token pass; the size of the vocabulary makes it on-policy."""
+    gamma: Annotated[int, Field(gt=0)] = 5
+    """Tokens drafted before the teacher looks; changes the speed, not the texts."""
+    expected_seq_len: Annotated[int, Field(ge=0)] = 0
+    """Tokens over which k falls to 1 within a text, a step after each so many blocks of gamma; 0 leaves it."""
+    student_temperature: Annotated[float, Field(ge=0)] = 0.5
+    """Of proposals; 0 takes the most likely token."""
+    student_top_p: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Nucleus of proposals."""
+    teacher_temperature: Annotated[float, Field(ge=0)] = 0.2
+    """Of replacements."""
+    teacher_top_p: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Nucleus of replacements."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,19 +97,20 @@ class Text:
     Attributes:
         ids: [rows, length], padded on the right.
         counts: [rows, length] bool, true for tokens that the loss counts.
+        positions: [rows, length] places of tokens where several texts share a row, else None.
+        written: Whether a model wrote them.
+        log_prob: [rows, length] float64, log-probability of written tokens where it was noted, else None.
         parts: Sums for the log.
+        units: Units of those parts that are not over the tokens that count.
     """
 
     ids: Tensor
     counts: Tensor
-    parts: dict[str, Tensor]
-
-
-def head_of(model: Any) -> Head:
-    """What turns a model's last hidden states into its logits."""
-    layer, config = model.get_output_embeddings(), model.config
-    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
-    return Head(layer.weight, layer.bias, scale, getattr(config, "final_logit_softcapping", None))
+    positions: Tensor | None = None
+    written: bool = False
+    log_prob: Tensor | None = None
+    parts: dict[str, Tensor] = field(default_factory=dict)
+    units: dict[str, Tensor] = field(default_factory=dict)
 
 
 class SequenceMethod(_base.Method):
@@ -57,17 +118,28 @@ class SequenceMethod(_base.Method):
 
     needs_rows: ClassVar[bool] = True
     cacheable: ClassVar[bool] = False
+    packs: ClassVar[bool] = False
     seed: Tensor
 
     def __init__(self, config: Any, student: Loaded, teachers: Sequence[Loaded], task: Task) -> None:
         super().__init__(config, student, teachers, task)
         # saved with a checkpoint, so that a resumed run draws what the whole run would have drawn
         self.register_buffer("seed", torch.tensor(torch.initial_seed() % 2**62))
-        models: list[Any] = [self.student, *(teacher.model for teacher in self.teacher_list)]
+        models = self.models
         sizes = [len(head_of(model).weight) for model in models]
         self.vocabulary = min([len(student.processor), *sizes])
+        # a window longer than the model's positions cannot be, so what follows a prompt in the data always fits
+        self.positions = min(int(getattr(model.config, "max_position_embeddings", None) or 2**31) for model in models)
         end = student.processor.eos_token_id
         self.stop = () if end is None else (int(end),)
+        strings = getattr(config, "stop_strings", None)
+        self.stop_strings = StopStrings(student.processor, strings) if strings else None
+        self.kept = Kept(student.processor)
+
+    @property
+    def models(self) -> list[Any]:
+        """The student and its teachers."""
+        return [self.student, *(teacher.model for teacher in self.teacher_list)]
 
     def setup(self, batch: Batch, data: Examples) -> None:
         """Check on a first batch that both models' heads give their logits.
@@ -75,9 +147,13 @@ class SequenceMethod(_base.Method):
         Raises:
             TrainingProblem: one does not, so the loss could not be made from hidden states.
         """
+        if isinstance(head_of(self.student).weight, DTensor):
+            raise TrainingProblem(
+                "this method needs the whole output embedding in each process", hint="--set train.parallel=ddp"
+            )
         training = self.student.training
         self.student.eval()
-        for model in [self.student, *(teacher.model for teacher in self.teacher_list)]:
+        for model in self.models:
             with torch.no_grad():
                 hidden = self.hidden(model, batch["input_ids"])
                 expected = model(input_ids=batch["input_ids"], use_cache=False).logits
@@ -89,22 +165,35 @@ class SequenceMethod(_base.Method):
         self.student.train(training)
 
     @staticmethod
-    def hidden(model: Any, ids: Tensor) -> Tensor:
-        """Last hidden states [rows, length, width]."""
-        found: Tensor = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    def hidden(model: Any, ids: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Last hidden states [rows, length, width].
+
+        Rows are padded on the right, where no token that counts can see, so there is no mask; positions that
+        start anew keep texts of one row apart.
+        """
+        inputs = {} if positions is None else {POSITIONS: positions}
+        found: Tensor = model.base_model(input_ids=ids, use_cache=False, **inputs).last_hidden_state
         return found
 
-    def prompt(self, batch: Batch) -> int:
-        """Tokens of the prompt."""
-        length = int(batch["input_ids"].shape[1])
-        return min(length - 1, max(1, round(float(self.config.prompt_share) * length)))
+    def prompts(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Tokens of each row's prompt, at least one, and of what follows it, [rows] both."""
+        ids = batch["input_ids"]
+        if LABELS not in batch:
+            rows, length = ids.shape
+            first = min(length - 1, max(1, round(float(self.config.prompt_share) * length)))
+            found = torch.full((rows,), first, device=ids.device)
+            return found, length - found
+        counted = (batch[LABELS] != IGNORED).long()
+        first_counted = counted.argmax(1).clamp_min(1)
+        return first_counted, batch["attention_mask"].sum(1) - first_counted
 
     def given(self, batch: Batch) -> Text:
         """The texts of the data."""
         ids = batch["input_ids"]
-        counts = torch.zeros_like(ids, dtype=torch.bool)
-        counts[:, self.prompt(batch) :] = True
-        return Text(ids, counts, {})
+        if LABELS in batch:
+            return Text(ids, batch[LABELS] != IGNORED, batch.get(POSITIONS))
+        first, _ = self.prompts(batch)
+        return Text(ids, torch.arange(ids.shape[1], device=ids.device) >= first[:, None])
 
     def key(self, progress: float) -> list[int]:
         """Numbers that all draws of a step depend on."""
@@ -114,54 +203,129 @@ class SequenceMethod(_base.Method):
         """A number in [0, 1), one for each step."""
         return float(uniforms([[*self.key(progress), -1]], 1)[0, 0, 0])
 
+    def sampling(self, **values: Any) -> Interleaving:
+        """Settings of sampling, with what ends a text."""
+        return Interleaving(stop=self.stop, stop_strings=self.stop_strings, **values)
+
+    def scorer(self, model: Any) -> CachedModel:
+        """A model that reads and writes."""
+        return CachedModel(model, self.vocabulary)
+
+    def sampled(self, batch: Batch, progress: float) -> Text:
+        """Texts of the student alone."""
+        cfg = self.config
+        settings = self.sampling(student=Warp(cfg.student_temperature, cfg.student_top_p))
+        return self.write(batch, progress, settings, self.scorer(self.student))
+
+    def repaired(self, batch: Batch, progress: float) -> Text:
+        """Texts of the student, repaired by its teacher."""
+        cfg = self.config
+        settings = self.sampling(
+            k=cfg.k,
+            gamma=cfg.gamma,
+            expected_length=cfg.expected_seq_len,
+            student=Warp(cfg.student_temperature, cfg.student_top_p),
+            teacher=Warp(cfg.teacher_temperature, cfg.teacher_top_p),
+            scored=True,
+        )
+        teacher = self.scorer(self.teacher_list[0].model)
+        return self.write(batch, progress, settings, self.scorer(self.student), teacher)
+
+    def taught(self, batch: Batch, progress: float, warp: Warp) -> Text:
+        """Texts of the teacher alone; a row has the same whenever it is seen."""
+        teacher = self.scorer(self.teacher_list[0].model)
+        return self.write(batch, progress, self.sampling(student=warp), teacher, key=[int(self.seed)])
+
     @torch.no_grad()
-    def write(self, batch: Batch, settings: Interleaving, key: Sequence[int], who: str = "student") -> Text:
-        """Texts that go on from the prompts as far as the windows reach.
+    def write(
+        self,
+        batch: Batch,
+        progress: float,
+        settings: Interleaving,
+        writer: Scorer,
+        teacher: Scorer | None = None,
+        key: Sequence[int] | None = None,
+    ) -> Text:
+        """Texts that go on from the prompts.
 
         Args:
-            batch: Windows and their row numbers.
+            batch: Rows and their numbers.
+            progress: Share of training done.
             settings: Sampling.
-            key: Numbers that the draws depend on, besides the row.
-            who: `student`, `teacher`, or `both` for the student repaired by its teacher.
+            writer: Writes.
+            teacher: Repairs.
+            key: Numbers that the draws depend on, besides the row (default: those of the step).
         """
-        ids, length = batch["input_ids"], self.prompt(batch)
-        start = ids[:, :length]
-        uniform = uniforms([[*key, int(row)] for row in batch[ROWS]], ids.shape[1] - length)
-        models = [] if who == "teacher" else [self.student]
-        models += [] if who == "student" else [self.teacher_list[0].model]
-        scorers = [CachedModel(model, self.vocabulary) for model in models]
+        first, room = self.prompts(batch)
+        most = self.config.max_new_tokens
+        limits = room if most is None else (self.positions - first).clamp_max(most)
+        places = torch.arange(int(first.max()), device=first.device) - (int(first.max()) - first)[:, None]
+        start = batch["input_ids"].gather(1, places.clamp_min(0))
+        numbers = [[*(self.key(progress) if key is None else key), int(row)] for row in batch[ROWS]]
         training = self.student.training
         self.student.eval()
-        out: Generated = generate(scorers[0], (*scorers, None)[1], start, torch.ones_like(start), uniform, settings)
+        out = generate(
+            writer, teacher, start, (places >= 0).long(), uniforms(numbers, int(limits.max())), settings, limits
+        )
         self.student.train(training)
-        parts = {}
-        if who == "both":
-            parts["acceptance"] = (out.kept & out.valid).sum().float()
-            parts["teacher log-likelihood"] = out.teacher_log_prob.sum().float()
-        counts = torch.cat([torch.zeros_like(start, dtype=torch.bool), out.valid], 1)
-        return Text(torch.cat([start, out.tokens], 1), counts, parts)
+        text = _joined(batch["input_ids"], first, out, settings)
+        if teacher is not None:
+            size = out.valid.sum().float()
+            text.parts["acceptance"], text.units["acceptance"] = (out.kept & out.valid).sum().float(), size
+            text.parts["teacher log-likelihood"] = out.log_prob.sum().float()
+            text.units["teacher log-likelihood"] = size
+        if self.config.save_generations and self.training and self.folder is not None:
+            self.kept.add(self.folder, round(progress * self.steps) + 1, batch[ROWS], first, text.ids, out, teacher)
+        return text
 
-    def learn(self, text: Text, which: Divergence, weight: float, ce_weight: float) -> _base.Losses:
-        """Divergence and cross-entropy on the tokens of a text that count."""
+    def which(self) -> Divergence:
+        """The divergence of the configuration."""
+        cfg = self.config
+        return Divergence(cfg.divergence, cfg.beta, cfg.skew, cfg.temperature)
+
+    def learn(self, text: Text, weight: float = 1.0, ce_weight: float = 0.0) -> _base.Losses:
+        """Divergence and cross-entropy on the tokens of a text that count.
+
+        Args:
+            text: The texts.
+            weight: Of the divergence.
+            ce_weight: Of the cross-entropy with the text.
+        """
         chosen = text.counts[:, 1:]
-        head = head_of(self.student)
-        if isinstance(head.weight, DTensor):
-            raise TrainingProblem(
-                "this method needs the whole output embedding in each process", hint="--set train.parallel=ddp"
-            )
-        hidden = self.hidden(self.student, text.ids)[:, :-1][chosen]
+        hidden = self.hidden(self.student, text.ids, text.positions)[:, :-1][chosen]
         labels = text.ids[:, 1:][chosen]
+        parts, units = dict(text.parts), dict(text.units)
         teacher = None
         if weight:
-            model: Any = self.teacher_list[0].model
-            with torch.no_grad():
-                there = self.hidden(model, text.ids)[:, :-1][chosen]
-            teacher = (there, head_of(model).cut(self.vocabulary))
-        own = head.cut(self.vocabulary)
+            teacher = self.heard(text, chosen)
+            if text.written and "teacher log-likelihood" not in parts:
+                with torch.no_grad():
+                    _, ce, _ = compare(*teacher, None, labels, None, 0.0, 1.0)
+                parts["teacher log-likelihood"], units["teacher log-likelihood"] = -ce, chosen.sum().float()
+        own = head_of(self.student).cut(self.vocabulary)
+        which = self.which() if weight else None
         total, ce, apart = compare(hidden, own, teacher, labels, which, weight, ce_weight)
-        parts = dict(text.parts)
         if ce_weight:
             parts["ce"] = ce.detach()
         if weight:
             parts["kd"] = apart.detach()
-        return _base.Losses(total, chosen.sum(), parts)
+        return _base.Losses(total, chosen.sum(), parts, units)
+
+    @torch.no_grad()
+    def heard(self, text: Text, chosen: Tensor) -> tuple[Tensor, Head]:
+        """The teacher's hidden states [tokens, width] at the chosen places [rows, length - 1], and its head."""
+        model: Any = self.teacher_list[0].model
+        return self.hidden(model, text.ids, text.positions)[:, :-1][chosen], head_of(model).cut(self.vocabulary)
+
+
+def _joined(ids: Tensor, first: Tensor, out: Generated, settings: Interleaving) -> Text:
+    """Prompts and what was written after them, padded on the right."""
+    width = int((first + out.valid.sum(1)).max())
+    place = torch.arange(width, device=ids.device) - first[:, None]
+    longest = out.tokens.shape[1]
+    inside = place.clamp(0, longest - 1)
+    counts = out.valid.gather(1, inside) & (place >= 0) & (place < longest)
+    prompts = torch.nn.functional.pad(ids, (0, max(0, width - ids.shape[1])))[:, :width]
+    written = torch.where(counts, out.tokens.gather(1, inside), settings.pad)
+    log_prob = torch.where(counts, out.log_prob.gather(1, inside), 0.0) if settings.scored else None
+    return Text(torch.where(place < 0, prompts, written), counts, written=True, log_prob=log_prob)

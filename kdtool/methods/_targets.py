@@ -4,10 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-
-def precise(values: Tensor) -> Tensor:
-    """Values in the format losses are computed in: float64 stays, everything else becomes float32."""
-    return values if values.dtype == torch.float64 else values.float()
+from kdtool.divergences import precise as precise
 
 
 def hard(labels: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kdtool.data.examples import Examples
-from kdtool.divergences import cross_entropy
+from kdtool.divergences import Measure, compare_all, cross_entropy
 from kdtool.features import taps
 from kdtool.methods import _base
 from kdtool.tasks._base import ROWS, Batch
@@ -64,6 +64,23 @@ class Term:
     value: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """An addend that compares next-token distributions and needs nothing else.
+
+    Attributes:
+        name: As logged.
+        weight: Its factor.
+        measure: What compares.
+        factor: Of its value, logged with it; such as T^2.
+    """
+
+    name: str
+    weight: float
+    measure: Measure
+    factor: float = 1.0
+
+
 def ramped(progress: float, delay: float, ramp: float) -> float:
     """Factor of the terms' weights at a share of training: 0, then rising, then 1."""
     if progress < delay:
@@ -81,6 +98,8 @@ class TermMethod(_base.Method):
     """False if `combine` cannot take the terms, because the method changes what is saved."""
     needs_rows: ClassVar[bool] = False
     """True if terms look up `batch["cache.rows"]`."""
+    by_chunks: bool = False
+    """Whether language models are compared some tokens at a time."""
 
     def terms(self, student: Side, teacher: Side | None, labels: Tensor, batch: Batch, progress: float) -> list[Term]:
         """The addends besides the cross-entropy.
@@ -94,11 +113,22 @@ class TermMethod(_base.Method):
         """
         raise NotImplementedError
 
+    def measures(self, progress: float) -> list[Measured] | None:
+        """The same addends for language models, compared some tokens at a time; None where that cannot be.
+
+        With them no logits [tokens, vocabulary] are held as a whole, see `kdtool.divergences`.
+        """
+        return None
+
     def build(self, student: Side, teacher: Side | None, data: Examples) -> None:
         """Make helper modules, knowing the shapes of a first batch; by default there are none."""
 
     def setup(self, batch: Batch, data: Examples) -> None:
-        """Run both models once without gradient and let `build` see the shapes."""
+        """Run both models once without gradient and let `build` see the shapes, unless nothing is to be seen."""
+        models = [self.student, *(teacher.model for teacher in self.teacher_list)]
+        self.by_chunks = self.measures(0.0) is not None and all(self.task.has_states(model) for model in models)
+        if self.by_chunks:
+            return
         training = self.student.training
         self.student.eval()
         with torch.no_grad():
@@ -131,9 +161,24 @@ class TermMethod(_base.Method):
 
     def step(self, batch: Batch, progress: float) -> _base.Losses:
         """Cross-entropy and all terms, each logged apart."""
+        if self.by_chunks:
+            return self.compare(batch, progress)
         student, labels = self.see(batch)
         teacher = self.hear(batch) if self.reads_teacher else None
         return self.add_up(student, teacher, labels, batch, progress)
+
+    def compare(self, batch: Batch, progress: float) -> _base.Losses:
+        """`step` of language models, from hidden states."""
+        cfg = self.config
+        found = self.measures(progress)
+        assert found is not None
+        own = self.task.states(self.student, batch)
+        factor = ramped(progress, cfg.delay, cfg.ramp)
+        terms = [(term.measure, factor * term.weight * term.factor) for term in found]
+        total, sums = compare_all(own.hidden, own.head, self.tell(batch), own.labels, terms, cfg.ce_weight)
+        parts = {"ce": sums[0]} if cfg.ce_weight else {}
+        parts |= {term.name: term.factor * value for term, value in zip(found, sums[1:], strict=True)}
+        return _base.Losses(total, len(own.hidden), parts)
 
     def add_up(
         self, student: Side, teacher: Side | None, labels: Tensor, batch: Batch, progress: float

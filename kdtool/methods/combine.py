@@ -13,7 +13,7 @@ it set in later. The cross-entropy is added once, with `ce_weight`.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -120,4 +120,16 @@ class Method(_terms.TermMethod):
             factor = weight * _terms.ramped(progress, member.config.delay, member.config.ramp)
             for term in member.terms(student, teacher, labels, batch, progress):
                 found.append(_terms.Term(f"{name}.{term.name}", factor * term.weight, term.value))
+        return found
+
+    def measures(self, progress: float) -> list[_terms.Measured] | None:
+        """All terms of all members as measures, if each member's are."""
+        found = []
+        all_members: list[Any] = list(self.members)
+        for name, weight, member in zip(self.names, self.weights, all_members, strict=True):
+            own = member.measures(progress)
+            if own is None:
+                return None
+            factor = weight * _terms.ramped(progress, member.config.delay, member.config.ramp)
+            found += [replace(one, name=f"{name}.{one.name}", weight=factor * one.weight) for one in own]
         return found

@@ -1,7 +1,8 @@
 """Generalised distillation: in a share of the steps learn on the student's own texts (GKD).
 
-With probability student_share a step uses texts sampled from the student, else those of the data. Loss per
-token: the generalised Jensen-Shannon divergence beta KL(p||m) + (1 - beta) KL(q||m), m = beta p + (1 - beta) q.
+With probability student_share a step uses texts sampled from the student, else those of the data, or the
+teacher's. Loss per token: the generalised Jensen-Shannon divergence beta KL(p||m) + (1 - beta) KL(q||m),
+m = beta p + (1 - beta) q.
 """
 
 from dataclasses import dataclass
@@ -9,28 +10,21 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from kdtool.divergences import Divergence
-from kdtool.generation import Interleaving, Warp
+from kdtool.generation import Warp
 from kdtool.methods import _base, _sequences
 from kdtool.tasks._base import Batch
 
 
 @dataclass(frozen=True, slots=True)
-class Config(_sequences.PromptConfig):
+class Config(_sequences.SamplingConfig, _sequences.LossConfig, _sequences.PromptConfig, _sequences.WritingConfig):
     """Hyper-parameters."""
 
     student_share: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Share of the steps on the student's texts: 0 is supervised, 1 on-policy distillation."""
     divergence: Literal["forward-kl", "reverse-kl", "jsd", "tvd", "skewed-kl", "skewed-reverse-kl"] = "jsd"
     """Forward-kl, reverse-kl, jsd, tvd, skewed-kl or skewed-reverse-kl."""
-    beta: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Of jsd: 0 is forward KL, 1 reverse KL."""
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-    """Divides both logits in the loss, without a factor T^2."""
-    student_temperature: Annotated[float, Field(ge=0)] = 1.0
-    """Of the student's samples; 0 takes the most likely token."""
-    student_top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Nucleus of the student's samples."""
+    seqkd: bool = False
+    """Let the teacher write the texts of the other steps, instead of taking the data's."""
 
 
 class Method(_sequences.SequenceMethod):
@@ -44,11 +38,7 @@ class Method(_sequences.SequenceMethod):
     needs: ClassVar[str] = "texts to go on with"
 
     def step(self, batch: Batch, progress: float) -> _base.Losses:
-        """Texts of the student or of the data."""
-        cfg: Config = self.config
-        if self.coin(progress) < cfg.student_share:
-            sampling = Interleaving(student=Warp(cfg.student_temperature, cfg.student_top_p), stop=self.stop)
-            text = self.write(batch, sampling, self.key(progress))
-        else:
-            text = self.given(batch)
-        return self.learn(text, Divergence(cfg.divergence, cfg.beta, temperature=cfg.temperature), 1.0, 0.0)
+        """Texts of the student, or of the data or the teacher."""
+        if self.coin(progress) < self.config.student_share:
+            return self.learn(self.sampled(batch, progress))
+        return self.learn(self.taught(batch, progress, Warp()) if self.config.seqkd else self.given(batch))

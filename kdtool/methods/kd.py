@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from kdtool.divergences import forward_kl
+from kdtool.divergences import Divergence, forward_kl
 from kdtool.methods import _terms
 from kdtool.tasks._base import Batch
 
@@ -43,3 +43,9 @@ class Method(_terms.TermMethod):
         assert teacher is not None
         cfg: Config = self.config
         return [_terms.Term("kd", cfg.kd_weight, forward_kl(student.logits, teacher.logits, cfg.temperature))]
+
+    def measures(self, progress: float) -> list[_terms.Measured]:
+        """The same of language models."""
+        cfg: Config = self.config
+        which = Divergence("forward-kl", temperature=cfg.temperature)
+        return [_terms.Measured("kd", cfg.kd_weight, which, cfg.temperature**2)]

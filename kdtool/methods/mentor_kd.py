@@ -14,10 +14,10 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 
 from kdtool import annotation
-from kdtool.annotation import Question, Rules
+from kdtool.annotation import Question
 from kdtool.authors import Style
-from kdtool.data.examples import DataSplits
-from kdtool.divergences import Divergence, cross_entropy, divergence
+from kdtool.data.examples import DataSplits, Examples
+from kdtool.divergences import Divergence, compare_all, cross_entropy, divergence
 from kdtool.errors import UsageProblem
 from kdtool.journal import Row, as_lines
 from kdtool.methods import _base
@@ -52,10 +52,6 @@ class Config:
     """Of the rationales of teacher and mentor."""
     max_new_tokens: Annotated[int, Field(gt=0)] = 512
     """Longest rationale in tokens of its author."""
-    dataset: str | None = None
-    """Whose rules find answers in texts, such as gsm8k (default: told by the name of the data)."""
-    numeric_match: bool = False
-    """Compare numbers as numbers, so that 18.0 is 18; the published evaluation compares text for some data sets."""
     distinct: bool = True
     """Drop rationales that come twice."""
     chat: bool = False
@@ -73,12 +69,13 @@ class Method(_base.Method):
     needs: ClassVar[str] = "texts to learn"
     teacher_writes: ClassVar[bool] = True
     loads_teacher: ClassVar[bool] = False
+    metrics: ClassVar[tuple[str, ...]] = ("exact-answer",)
     minimum: ClassVar[str] = "the cross-entropy with the rationale stays"
 
     def __init__(self, config: Any, student: Loaded, teachers: Sequence[Loaded], task: Task) -> None:
         super().__init__(config, student, teachers, task)
         writes = config.n_aug > 0 and config.augmented is None
-        self.soft = config.kd_lambda > 0
+        self.soft, self.by_chunks = config.kd_lambda > 0, False
         if not teachers and config.mentor is None and (self.soft or writes):
             why = "kd_lambda compares with it" if self.soft else "n_aug asks it for rationales"
             raise UsageProblem("mentor-kd has no mentor", why=why, hint="--set method.mentor=MODEL")
@@ -88,17 +85,16 @@ class Method(_base.Method):
 
         Raises:
             DataProblem: no questions with answers, or no right rationale.
-            ConfigProblem: no rules for the answers.
         """
         cfg: Config = self.config
         assert data.train is not None, "a run without training rows is refused before"
-        rules = annotation.find_rules(cfg.dataset, cfg.numeric_match, work.config.data.source)
-        questions = annotation.questions_of(data.train, rules)
+        rule = work.config.eval.answers
+        questions = annotation.questions_of(data.train, rule)
         style = Style(work.run.seed, cfg.temperature, 1.0, cfg.max_new_tokens, (), cfg.chat)
-        rows = self._annotations(questions, rules, style, work)
+        rows = self._annotations(questions, rule, style, work)
         rows = annotation.chosen(rows, cfg.n_keep, work.run.seed, cfg.distinct)
         work.facts["filter"] = {"kept": len(rows), "questions": len({row["question"] for row in rows})}
-        made = self._with_mentor(questions, rules, style, rows, work)
+        made = self._with_mentor(questions, rule, style, rows, work)
         rows = [{**row, "source": "teacher"} for row in rows] + [{**row, "source": "mentor"} for row in made]
         rows = annotation.chosen(rows, 0, work.run.seed, cfg.distinct)
         work.facts["train"] = {name: sum(row["source"] == name for row in rows) for name in ("teacher", "mentor")}
@@ -107,19 +103,19 @@ class Method(_base.Method):
         train = annotation.as_examples(rows)
         return DataSplits(train, data.validation, data.test, data.labels, data.roles, data.provenance)
 
-    def _annotations(self, questions: list[Question], rules: Rules, style: Style, work: _base.Work) -> list[Row]:
+    def _annotations(self, questions: list[Question], rule: str, style: Style, work: _base.Work) -> list[Row]:
         """Stage annotate: rationales of the teacher."""
         teacher = work.config.teacher
         if teacher.is_file:
             path = Path(str(teacher.model)).expanduser()
-            rows = annotation.from_file(path, work.folder / "annotations.jsonl", questions, rules)
+            rows = annotation.from_file(path, work.folder / "annotations.jsonl", questions, rule)
         else:
-            rows = annotation.annotate(work.folder, work.author, questions, self.config.n_teacher, style, rules)
+            rows = annotation.annotate(work.folder, work.author, questions, self.config.n_teacher, style, rule)
         work.facts["annotate"] = _tally(rows, questions, work)
         return rows
 
     def _with_mentor(
-        self, questions: list[Question], rules: Rules, style: Style, rows: list[Row], work: _base.Work
+        self, questions: list[Question], rule: str, style: Style, rows: list[Row], work: _base.Work
     ) -> list[Row]:
         """Stages fit-mentor and augment: the mentor becomes the teacher of the loss; gives its right rationales."""
         cfg: Config = self.config
@@ -133,10 +129,10 @@ class Method(_base.Method):
             assert mentor is not None, "whoever writes was loaded"
             plain = Style(style.seed, style.temperature, 1.0, style.max_tokens)
             author = work.writer(mentor)
-            made = annotation.augment(work.folder, lambda: author, questions, cfg.n_aug, plain, rules)
+            made = annotation.augment(work.folder, lambda: author, questions, cfg.n_aug, plain, rule)
         else:
             path = Path(str(cfg.augmented)).expanduser()
-            made = annotation.from_file(path, work.folder / "augmented.jsonl", questions, rules)
+            made = annotation.from_file(path, work.folder / "augmented.jsonl", questions, rule)
         work.facts["augment"] = _tally(made, questions, work)
         return annotation.chosen(made, cfg.n_aug, style.seed, cfg.distinct)
 
@@ -162,19 +158,30 @@ class Method(_base.Method):
         mentor.model.eval().requires_grad_(False)
         self.teacher_list = [mentor]
 
+    def setup(self, batch: Batch, data: Examples) -> None:
+        """See whether the models' logits can be made some tokens at a time."""
+        models = [self.student, *(teacher.model for teacher in self.teacher_list)]
+        self.by_chunks = all(self.task.has_states(model) for model in models)
+
     def step(self, batch: Batch, progress: float) -> _base.Losses:
         """Cross-entropy with the rationale, and the divergence from the mentor along it (section 3.3 of the paper)."""
-        cfg: Config = self.config
+        weight = float(self.config.kd_lambda) if self.soft else 0.0
+        which = Divergence(temperature=self.config.kd_temperature)
+        if self.by_chunks:
+            own = self.task.states(self.student, batch)
+            terms = [(which, weight)] if self.soft else []
+            teacher = self.tell(batch) if self.soft else None
+            total, sums = compare_all(own.hidden, own.head, teacher, own.labels, terms, 1 - weight)
+            return _base.Losses(total, len(own.hidden), dict(zip(("ce", "kd"), sums, strict=False)))
         out = self.task.forward(self.student, batch)
-        labels = _base.labels_of(out)
-        ce = cross_entropy(out.logits, labels)
+        ce = cross_entropy(out.logits, _base.labels_of(out))
         if not self.soft:
-            return _base.Losses(ce, len(labels), {"ce": ce.detach()})
-        teacher = self.teach(batch).logits
-        size = min(out.logits.shape[-1], teacher.shape[-1])  # heads may be padded to different round sizes
-        kd = divergence(out.logits[:, :size], teacher[:, :size], Divergence(temperature=cfg.kd_temperature))
-        total = (1 - cfg.kd_lambda) * ce + cfg.kd_lambda * kd
-        return _base.Losses(total, len(labels), {"ce": ce.detach(), "kd": kd.detach()})
+            return _base.Losses(ce, len(out.logits), {"ce": ce.detach()})
+        theirs = self.teach(batch).logits
+        size = min(out.logits.shape[-1], theirs.shape[-1])  # heads may be padded to different round sizes
+        kd = divergence(out.logits[:, :size], theirs[:, :size], which)
+        parts = {"ce": ce.detach(), "kd": kd.detach()}
+        return _base.Losses((1 - weight) * ce + weight * kd, len(out.logits), parts)
 
 
 def _tally(rows: Sequence[Row], questions: Sequence[Question], work: _base.Work) -> dict[str, Any]:

@@ -7,7 +7,8 @@ the report; it is never run during training.
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kdtool.divergences import cross_entropy
+from kdtool.data.examples import Examples
+from kdtool.divergences import compare_all, cross_entropy
 from kdtool.methods import _base
 from kdtool.tasks._base import Batch
 
@@ -27,10 +28,19 @@ class Method(_base.Method):
     mixes: ClassVar[bool] = True
     teachers: ClassVar[tuple[int, int]] = (0, 1)
     reads_teacher: ClassVar[bool] = False
+    by_chunks: bool = False
     golden: ClassVar[str] = "plain cross-entropy: checked against torch in tests/test_divergences.py"
+
+    def setup(self, batch: Batch, data: Examples) -> None:
+        """See whether the logits of a language model can be made some tokens at a time."""
+        self.by_chunks = self.task.has_states(self.student)
 
     def step(self, batch: Batch, progress: float) -> _base.Losses:
         """Cross-entropy with the labels."""
+        if self.by_chunks:
+            own = self.task.states(self.student, batch)
+            loss, sums = compare_all(own.hidden, own.head, None, own.labels, [], 1.0)
+            return _base.Losses(loss, len(own.hidden), {"ce": sums[0]})
         out = self.task.forward(self.student, batch)
         loss = cross_entropy(out.logits, _base.labels_of(out))
         return _base.Losses(loss, out.logits.shape[0], {"ce": loss.detach()})

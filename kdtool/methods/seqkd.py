@@ -8,14 +8,13 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from kdtool.divergences import Divergence
-from kdtool.generation import Interleaving, Warp
+from kdtool.generation import Warp
 from kdtool.methods import _base, _sequences
 from kdtool.tasks._base import Batch
 
 
 @dataclass(frozen=True, slots=True)
-class Config(_sequences.PromptConfig):
+class Config(_sequences.PromptConfig, _sequences.WritingConfig):
     """Hyper-parameters."""
 
     teacher_temperature: Annotated[float, Field(ge=0)] = 1.0
@@ -33,7 +32,6 @@ class Method(_sequences.SequenceMethod):
     minimum: ClassVar[str] = "a sampled text is not the distribution it was sampled from"
 
     def step(self, batch: Batch, progress: float) -> _base.Losses:
-        """Cross-entropy with what the teacher wrote; a row has the same text whenever it is seen."""
-        cfg: Config = self.config
-        sampling = Interleaving(student=Warp(cfg.teacher_temperature, cfg.teacher_top_p), stop=self.stop)
-        return self.learn(self.write(batch, sampling, [int(self.seed)], "teacher"), Divergence(), 0.0, 1.0)
+        """Cross-entropy with what the teacher wrote."""
+        warp = Warp(self.config.teacher_temperature, self.config.teacher_top_p)
+        return self.learn(self.taught(batch, progress, warp), weight=0.0, ce_weight=1.0)

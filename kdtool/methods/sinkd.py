@@ -22,13 +22,11 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from kdtool.methods import _targets, _terms, _transport
+from kdtool.divergences import Divergence, Sinkhorn, precise
+from kdtool.methods import _terms
 from kdtool.models import Loaded
 from kdtool.tasks._base import Batch, Task
 from kdtool.train.parallel import gather_units
-
-_MANY = 4096
-"""Classes above which `top_k` applies: a vocabulary, not a label set."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,50 +61,6 @@ class Config(_terms.TermConfig):
     """With more than 4096 classes, those among the teacher's k likeliest of any unit count, the rest as one."""
 
 
-def cost(student: Tensor, teacher: Tensor, tau: float = 2.0) -> Tensor:
-    """D: L1 distances of all softened student rows to all softened teacher rows, [a, b].
-
-    Args:
-        student: Logits [a, classes].
-        teacher: Logits [b, classes].
-        tau: Temperature.
-    """
-    p, q = (_targets.precise(logits).div(tau).softmax(-1) for logits in (student, teacher))
-    return _transport.l1_cost(p, q.to(p.dtype))
-
-
-def sinkhorn_rows(
-    student: Tensor, teacher: Tensor, tau: float = 2.0, eps: float = 0.1, rounds: int = 20, debiased: bool = False
-) -> Tensor:
-    """Each student row's part of sum(P * D), [a]; see `sinkhorn_distance`."""
-    with torch.autocast(student.device.type, enabled=False):
-        rows = _transport.transported(cost(student, teacher, tau), eps, rounds)
-        if debiased:
-            own = _transport.transported(cost(student, student, tau), eps, rounds)
-            theirs = _transport.transported(cost(teacher, teacher, tau), eps, rounds)
-            rows = rows - 0.5 * (own + theirs)
-    return rows
-
-
-def sinkhorn_distance(
-    student: Tensor, teacher: Tensor, tau: float = 2.0, eps: float = 0.1, rounds: int = 20, debiased: bool = False
-) -> Tensor:
-    """sum(P * D) of one batch, without any scale; not 0 for equal sets unless debiased.
-
-    Args:
-        student: Logits [b, classes].
-        teacher: Logits [b, classes]; the order of its rows does not matter.
-        tau: Temperature of both.
-        eps: Entropic regularisation.
-        rounds: Sinkhorn rounds.
-        debiased: Subtract half of each set's distance to itself.
-
-    Returns:
-        A scalar in float32, or float64 for float64 logits.
-    """
-    return sinkhorn_rows(student, teacher.detach(), tau, eps, rounds, debiased).sum()
-
-
 def soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float = 2.0) -> Tensor:
     """KD: cross-entropy with the softened teacher, summed over units, without T^2.
 
@@ -115,7 +69,7 @@ def soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float = 2.
         teacher: Logits [units, classes].
         temperature: T > 0.
     """
-    z_s, z_t = (_targets.precise(logits) / temperature for logits in (student, teacher.detach()))
+    z_s, z_t = (precise(logits) / temperature for logits in (student, teacher.detach()))
     if z_s.shape[-1] == 1:
         return (z_s - z_t).square().sum()
     return functional.cross_entropy(z_s, z_t.softmax(-1), reduction="sum")
@@ -124,29 +78,6 @@ def soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float = 2.
 def annealed(temperature: float, progress: float) -> float:
     """T on its way to 1, at a share of training."""
     return temperature + (1 - temperature) * progress
-
-
-def shortlist(student: Tensor, teacher: Tensor, tau: float, top_k: int) -> tuple[Tensor, Tensor]:
-    """Logits of the classes among the teacher's k likeliest of any row, and of all the others as one.
-
-    Args:
-        student: Logits [units, classes].
-        teacher: Logits [units, classes].
-        tau: Temperature at which the others' mass is kept.
-        top_k: k.
-
-    Returns:
-        Student and teacher logits [units, kept + 1].
-    """
-    kept = torch.zeros(teacher.shape[1], dtype=torch.bool, device=teacher.device)
-    kept[teacher.topk(min(top_k, teacher.shape[1]), -1).indices.flatten()] = True
-
-    def cut(logits: Tensor) -> Tensor:
-        logits = _targets.precise(logits)
-        rest = tau * logits.div(tau).masked_fill(kept, -torch.inf).logsumexp(-1, keepdim=True)
-        return torch.cat([logits[:, kept], rest], -1)
-
-    return (student, teacher) if bool(kept.all()) else (cut(student), cut(teacher))
 
 
 class Method(_terms.TermMethod):
@@ -181,31 +112,37 @@ class Method(_terms.TermMethod):
             found.append(_terms.Term("sinkhorn", cfg.beta * cfg.scale, value))
         return found
 
+    def measures(self, progress: float) -> list[_terms.Measured]:
+        """The same of language models; see `terms`."""
+        cfg: Config = self.config
+        degree = annealed(cfg.temperature, progress) if cfg.anneal else cfg.temperature
+        return [
+            _terms.Measured("kd", cfg.kd_weight, Divergence("cross-entropy", temperature=degree)),
+            _terms.Measured("sinkhorn", cfg.beta * cfg.scale, self.distance()),
+        ]
+
+    def distance(self) -> Sinkhorn:
+        """The Sinkhorn term of a batch, or of blocks of tokens."""
+        cfg: Config = self.config
+        block = None if self.shared else cfg.block
+        return Sinkhorn(cfg.tau, cfg.eps, cfg.rounds, cfg.debiased, cfg.mean, cfg.top_k, block=block)
+
     def sinkhorn(self, student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
         """Number of units times the distance; with several processes, this one's share of the value."""
+        distance = self.distance()
         if not self.shared:
-            size = self.config.block
-            blocks = zip(torch.split(student, size), torch.split(teacher, size), strict=True)
-            return torch.stack([self._problem(*block) for block in blocks]).sum()
+            return distance.of(student, teacher)
         everyone, begin = gather_units(student)
         if everyone is student:
-            return self._problem(student, teacher)
+            return distance.of(student, teacher)
         teacher, _ = gather_units(teacher)
         rows, _ = gather_units(_terms.rows_of(batch).to(student.device))
         # a process left without rows runs one of another's, which must not count twice
         fresh = ~(rows[:, None] == rows).tril(-1).any(1)
         mine = torch.zeros_like(fresh)
         mine[begin : begin + len(student)] = True
-        return self._problem(everyone[fresh], teacher[fresh], mine[fresh])
-
-    def _problem(self, student: Tensor, teacher: Tensor, mine: Tensor | None = None) -> Tensor:
-        """Units times distance; the whole gradient, but only the value of rows that are mine."""
-        cfg: Config = self.config
-        if student.shape[-1] > _MANY:
-            student, teacher = shortlist(student, teacher, cfg.tau, cfg.top_k)
-        rows = sinkhorn_rows(student, teacher, cfg.tau, cfg.eps, cfg.rounds, cfg.debiased)
-        factor = 1 if cfg.mean else len(rows)
-        if mine is None:
-            return factor * rows.sum()
-        others = rows.masked_fill(mine, 0.0).sum()
-        return factor * (rows.masked_fill(~mine, 0.0).sum() + others - others.detach())
+        values, counted = distance.units(everyone[fresh], teacher[fresh]), mine[fresh]
+        # the whole gradient, but only the value of the rows of this process
+        others = values.masked_fill(counted, 0.0).sum()
+        value = values.masked_fill(~counted, 0.0).sum() + others - others.detach()
+        return distance.factor(len(values)) * value

@@ -1,17 +1,55 @@
-"""Metrics of classifiers on logits and labels; one file is one metric."""
+"""Metrics; one file is one metric, and says what it compares.
+
+`logits` (the default): logits [n, classes] of a classifier and labels [n]. `texts`: what a language model wrote and
+what it should have. `models`: the predictions of student and teacher.
+"""
 
 import importlib
 import sys
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
 from kdtool.errors import DataProblem, TrainingProblem
 from kdtool.metrics._calibration import fit_temperature, reliability_bins
-from kdtool.metrics._standard_error import accuracy_error, bootstrap_errors
+from kdtool.metrics._standard_error import accuracy_error, bootstrap_errors, ratio_and_error
+from kdtool.metrics._texts import Texts
 from kdtool.registry import METRICS
 
-__all__ = ["fit_temperature", "reliability_bins", "score"]
+__all__ = ["Texts", "compared", "fit_temperature", "ratio_and_error", "reliability_bins", "score", "score_texts"]
+
+
+def compared(name: str) -> str:
+    """What a metric compares: logits, texts or models; empty for those that a task computes itself."""
+    plain = name.replace("_", "-")
+    return str(METRICS.info(plain).facts.get("compares", "logits")) if plain in METRICS.names() else ""
+
+
+def _modules(names: Iterable[str]) -> dict[str, Any]:
+    """Name as given to the module of that metric."""
+    found = {}
+    for name in dict.fromkeys(names):
+        compute = METRICS.get(name.replace("_", "-"))
+        found[name] = sys.modules.get(compute.__module__) or importlib.import_module(compute.__module__)
+    return found
+
+
+def score_texts(names: Iterable[str], texts: Texts) -> tuple[dict[str, float], dict[str, float]]:
+    """Compute metrics of generated texts and their standard errors.
+
+    Args:
+        names: Metrics that compare texts.
+        texts: Predictions and references.
+
+    Returns:
+        Values and standard errors, keyed by the names as given.
+
+    Raises:
+        UsageProblem: an unknown metric, or a library is missing.
+    """
+    found = {name: module.measured(texts) for name, module in _modules(names).items()}
+    return {name: pair[0] for name, pair in found.items()}, {name: pair[1] for name, pair in found.items()}
 
 
 def _check(logits: np.ndarray, labels: np.ndarray) -> None:
@@ -57,10 +95,7 @@ def score(
         DataProblem: no rows, wrong shapes, or classes the model does not have.
         TrainingProblem: logits that are not finite.
     """
-    modules = {}
-    for name in dict.fromkeys(names):
-        compute = METRICS.get(name.replace("_", "-"))
-        modules[name] = sys.modules.get(compute.__module__) or importlib.import_module(compute.__module__)
+    modules = _modules(names)
     _check(logits, labels)
     values = {name: float(module.compute(logits, labels)) for name, module in modules.items()}
     errors = {name: accuracy_error(value, len(labels)) for name, value in values.items() if name == "accuracy"}

@@ -4,6 +4,7 @@ Rows are resampled with replacement. A metric that offers `weighted` gets all re
 at once as counts; one that offers only `compute` is called on the resampled rows.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 
@@ -16,6 +17,20 @@ _ENTRIES = 4_000_000
 def accuracy_error(accuracy: float, count: int) -> float:
     """Standard error of a share: sqrt(p (1 - p) / n)."""
     return float(np.sqrt(accuracy * (1.0 - accuracy) / count))
+
+
+def ratio_and_error(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
+    """Mean over units of independent rows, and its standard error to first order.
+
+    Args:
+        sums: [rows] sums over each row's units.
+        counts: [rows] number of units.
+    """
+    mean = float(sums.sum() / counts.sum())
+    if len(sums) < 2:
+        return mean, math.nan
+    apart = sums - mean * counts
+    return mean, float(math.sqrt(len(sums) / (len(sums) - 1) * np.square(apart).sum()) / counts.sum())
 
 
 def _draws(module: ModuleType, logits: np.ndarray, labels: np.ndarray, chosen: np.ndarray) -> np.ndarray:

@@ -1,5 +1,6 @@
 """`compress`: a model made smaller out of its own weights, stage by stage, each held against the one before."""
 
+import dataclasses
 import math
 import time
 from collections.abc import Sequence
@@ -18,12 +19,13 @@ from kdtool.models import Loaded, load, load_model
 from kdtool.pipelines import setup
 from kdtool.pipelines.distill import get_ready, train
 from kdtool.pipelines.finished import read_proof
+from kdtool.pipelines.measured import check_metrics
 from kdtool.pipelines.output import Output
 from kdtool.pipelines.probe import probe_batches
 from kdtool.pipelines.prove import compare, weight_bytes
 from kdtool.pipelines.push import check_push, push
 from kdtool.proof import Proof, Result, Side, Table
-from kdtool.registry import COMPRESSORS
+from kdtool.registry import COMPRESSORS, check_fit
 from kdtool.report import write_manifest, write_report
 from kdtool.report._markdown import markdown_table
 from kdtool.run import Run
@@ -47,6 +49,7 @@ class _Source:
 
     task: Task
     loaded: Loaded
+    train: Examples | None
     test: Examples | None
     calibration: list[Batch] | None
     probes: list[Batch]
@@ -61,13 +64,15 @@ def _start(config: RunConfig, run: Run) -> _Source:
     reference = config.teacher.model
     assert reference is not None
     task = setup.pick_task(config, reference, run)
-    setup.check_metrics(config, task)
+    check_metrics(config, task)
+    for name, _ in stages(config):
+        check_fit(name, task.name, COMPRESSORS)
     loaded = load_model(reference, task.auto_class, run, "model")
     setup.check_trained(loaded, "model")
     setup.load_processor(loaded, task, run)
     probes = probe_batches(task, loaded, config, run)
     if config.data.source is None:
-        return _Source(task, loaded, None, None, probes)
+        return _Source(task, loaded, None, None, None, probes)
     data = setup.get_data(config, task, run)
     setup.relabel(data, loaded, config, run)
     encoded = setup.encode(task, data, loaded, None, config, run)
@@ -76,7 +81,7 @@ def _start(config: RunConfig, run: Run) -> _Source:
     starts = range(0, len(rows), _CALIBRATION_BATCH)
     parts = [rows.select(range(at, min(at + _CALIBRATION_BATCH, len(rows)))) for at in starts]
     batches = [task.example_inputs(part, len(part)) for part in parts]
-    return _Source(task, loaded, encoded.test, batches, probes)
+    return _Source(task, loaded, encoded.train, encoded.test, batches, probes)
 
 
 def _check_forward(
@@ -104,13 +109,14 @@ def _check_forward(
     return {"relative_error": error, "agreement": float((new.argmax(-1) == old.argmax(-1)).double().mean())}
 
 
-def _apply(source: _Source, config: RunConfig, run: Run) -> tuple[Loaded, list[dict[str, Any]]]:
+def _apply(source: _Source, config: RunConfig, run: Run, output: Output) -> tuple[Loaded, list[dict[str, Any]]]:
     """All stages in turn, with a record of each."""
-    context = Context(source.task, source.calibration, run)
+    context = Context(source.task, source.calibration, run, source.train, config.train)
     current, records = source.loaded, []
     for name, values in stages(config):
         run.reporter.info(f"{name}: {current.parameters:,} parameters")
-        made: Loaded = COMPRESSORS.get(name)(current, COMPRESSORS.build_config(name, values), context)
+        own = dataclasses.replace(context, checkpoints=output.checkpoints / name)
+        made: Loaded = COMPRESSORS.get(name)(current, COMPRESSORS.build_config(name, values), own)
         made.facts["stages"] = [*current.facts.get("stages", ()), name]
         checked = _check_forward(name, source.task, current, made, source.probes)
         facts = {k: v for k, v in made.facts.items() if k not in ("new_weights", "dtype", "stages")}
@@ -142,6 +148,11 @@ def _prove(source: _Source, saved: Loaded, config: RunConfig, run: Run) -> Proof
     return Proof(after, before)
 
 
+def _trained(records: Sequence[dict[str, Any]]) -> int:
+    """Optimiser steps of the stages themselves."""
+    return sum(record["made"].get("steps", 0) for record in records)
+
+
 def _section(records: Sequence[dict[str, Any]], recover: dict[str, Any] | None) -> list[str]:
     """The stages, as a section of the report."""
     rows = [
@@ -152,7 +163,8 @@ def _section(records: Sequence[dict[str, Any]], recover: dict[str, Any] | None) 
         rows.append([f"recovery by {recover['method']}, {recover['steps']} steps", "-", "-", "-"])
     header = ["stage", "parameters", "change of the outputs", "same largest logit"]
     note = "Each against the model before it: norm of the differences of the outputs by norm of the outputs."
-    return ["## Stages", "", markdown_table(Table(header, rows)), "", note, ""]
+    more = [f"- {record['made']['note']}" for record in records if "note" in record["made"]]
+    return ["## Stages", "", markdown_table(Table(header, rows)), "", note, "", *([*more, ""] if more else [])]
 
 
 def compress(config: RunConfig, run: Run | None = None) -> Result:
@@ -182,11 +194,11 @@ def compress(config: RunConfig, run: Run | None = None) -> Result:
         return _conclude(config, run, output, proof, manifest, began)
     try:
         source = _start(config, run)
-        made, records = _apply(source, config, run)
+        made, records = _apply(source, config, run, output)
         history = History(steps=0)
         if config.recover.steps is not None:
             made, history = _recovered(made, config, run, output)
-        facts = {"task": source.task.name, "stages": records, "steps": history.steps}
+        facts = {"task": source.task.name, "stages": records, "steps": history.steps + _trained(records)}
         proof = _finish(source, made, history, config, run, output, facts, began)
     except BaseException:
         output.release()

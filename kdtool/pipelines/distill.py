@@ -8,16 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from kdtool.card import write_card
 from kdtool.config import RunConfig
 from kdtool.data.examples import DataSplits, Examples
-from kdtool.errors import DataProblem, QualityProblem, TrainingProblem, UsageProblem
+from kdtool.errors import DataProblem, QualityProblem, UsageProblem
 from kdtool.methods._base import Method
 from kdtool.models import Loaded, load
 from kdtool.pipelines import setup
 from kdtool.pipelines.finished import read_proof
+from kdtool.pipelines.measured import check_metrics
 from kdtool.pipelines.output import KEPT_TEACHER, Output
 from kdtool.pipelines.prepare import check_teacher, prepared
 from kdtool.pipelines.prove import compare
@@ -33,6 +32,7 @@ from kdtool.tasks._views import PIXELS, Views
 from kdtool.teacher_cache import TeacherCache, fingerprint, is_of_another_run
 from kdtool.train import parallel
 from kdtool.train.loop import History, Trainer
+from kdtool.train.rehearsal import rehearse
 from kdtool.train.state import seed_everything
 from kdtool.verify import reload_check
 from kdtool.writing import typed
@@ -68,9 +68,10 @@ def get_ready(config: RunConfig, run: Run, work: Path | None = None) -> Ready:
         KdtoolError: anything that does not fit, before any work is done.
     """
     setup.apply_benchmark(config)
+    setup.apply_method(config)
     check_teacher(config)
     task = setup.pick_task(config, setup.first_model(config), run)
-    setup.check_metrics(config, task)
+    check_metrics(config, task)
     facts = METHODS.info(config.method_name).facts
     check_fit(config.method_name, task.name)
     loads_teacher = facts.get("loads_teacher", True) and not config.teacher.writes_only
@@ -103,6 +104,7 @@ def get_ready(config: RunConfig, run: Run, work: Path | None = None) -> Ready:
             data = prepared(method, task, data, config, run, folder)
         teacher = method.teacher_list[0] if method.teacher_list else teacher
     encoded = setup.encode(task, data, student, teacher, config, run)
+    encoded.train = packed(config, task, method, encoded.train)
     views = make_views(config, task, encoded.train, student, teacher)
     if (config.augment.mixup or config.augment.cutmix) and not method.mixes:
         raise UsageProblem(
@@ -111,6 +113,30 @@ def get_ready(config: RunConfig, run: Run, work: Path | None = None) -> Ready:
             hint=f"those that can: {', '.join(n for n in METHODS.names() if METHODS.info(n).facts.get('mixes'))}",
         )
     return Ready(task, data, encoded, teacher, student, method, views)
+
+
+def packed(config: RunConfig, task: Task, method: Any, rows: Examples | None) -> Examples | None:
+    """Training rows that share a line with others, where the method, the task and the models can have it so.
+
+    Raises:
+        UsageProblem: it was asked for, and one of them cannot.
+    """
+    wanted = config.data.packing
+    if rows is None or wanted is False or not (method.packs or wanted):
+        return rows
+    if not method.packs:
+        raise UsageProblem(
+            f"data.packing: method {config.method_name} needs every example in a row of its own",
+            hint="leave data.packing out",
+        )
+    made = task.packed(rows, [method.student, *(teacher.model for teacher in method.teacher_list)])
+    if made is None and wanted:
+        raise UsageProblem(
+            "data.packing: the rows cannot be packed",
+            why=f"{task.name} has none that could, or a model does not keep examples apart by their positions",
+            hint="leave data.packing out",
+        )
+    return rows if made is None else made
 
 
 def make_views(
@@ -178,29 +204,9 @@ def attach_cache(trainer: Trainer, ready: Ready, config: RunConfig, run: Run, de
     run.reporter.info(f"teacher cache: {cache.share:.0%} of {cache.size} rows are there")
 
 
-def rehearse(trainer: Trainer) -> None:
-    """Run forward and backward once on the longest rows, so that what cannot work fails now.
-
-    Raises:
-        TrainingProblem: the loss is not finite.
-    """
-    data = trainer.plan.data
-    size = min(trainer.config.batch_size, len(data))
-    longest = range(size) if data.lengths is None else data.lengths.argsort()[-size:]
-    trainer.method.eval()
-    devices = [trainer.run.device] if trainer.run.device.startswith("cuda") else []
-    with torch.random.fork_rng(devices=devices):
-        losses = trainer.method(trainer.load(longest), 0.0)
-        losses.total.backward()
-    trainer.method.zero_grad(set_to_none=True)
-    if not torch.isfinite(losses.total):
-        raise TrainingProblem(
-            "the very first loss is not finite", hint="check the data and the models; --dtype float32"
-        )
-
-
 def train(ready: Ready, config: RunConfig, run: Run, output: Output) -> History:
     """Train the student of `ready`, from the last checkpoint if there is one; it holds the result then."""
+    ready.method.folder, ready.method.held_out = output.kept, ready.encoded.validation
     trainer = Trainer(
         ready.method,
         ready.encoded.train,  # type: ignore[arg-type] # get_ready refuses data without training rows
@@ -295,10 +301,10 @@ def _finish(ready: Ready, history: History, config: RunConfig, run: Run, output:
     task, staging = ready.task, output.staging
     student = ready.student
     save_model(student, staging, config.output)
-    if config.output.save_teacher and ready.teacher is not None:
-        save_model(ready.teacher, staging / KEPT_TEACHER, config.output)
     if output.kept.is_dir():
         shutil.copytree(output.kept, staging, dirs_exist_ok=True)
+    if config.output.save_teacher and ready.teacher is not None:
+        save_model(ready.teacher, staging / KEPT_TEACHER, config.output)
     probe = task.example_inputs(ready.encoded.test, min(_PROBE_ROWS, len(ready.encoded.test)))
     reload: dict[str, Any] = {}
     if config.eval.reload:

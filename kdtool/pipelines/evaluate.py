@@ -7,6 +7,7 @@ from pathlib import Path
 from kdtool.config import RunConfig
 from kdtool.errors import UsageProblem
 from kdtool.pipelines import setup
+from kdtool.pipelines.measured import check_metrics
 from kdtool.pipelines.prove import compare
 from kdtool.proof import Result
 from kdtool.report import write_report
@@ -31,7 +32,7 @@ def evaluate(config: RunConfig, run: Run | None = None) -> Result:
     if config.student.model is None:
         raise UsageProblem("no model given", hint="kdtool evaluate MODEL --data DATA")
     task = setup.pick_task(config, config.student.model, run)
-    setup.check_metrics(config, task)
+    check_metrics(config, task)
     data = setup.get_data(config, task, run, score_only=True)
     model = load_for_scoring(config.student.model, task.auto_class, run, "model")
     setup.load_processor(model, task, run)

@@ -160,7 +160,7 @@ class Output:
 
     def release(self) -> None:
         """Give up a claim that has nothing worth keeping."""
-        if not self.writer or not self.work.exists() or any(self.checkpoints.glob("step-*")) or any(self._bought()):
+        if not self.writer or not self.work.exists() or any(self.checkpoints.rglob("step-*")) or any(self._bought()):
             return
         if self._claim().get("state") != "moving":
             self._end()

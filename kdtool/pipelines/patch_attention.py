@@ -20,6 +20,7 @@ from kdtool.patching.choose import Choice, Wish, choose
 from kdtool.patching.layers import Site, find_sites, implementation_of
 from kdtool.pipelines import setup
 from kdtool.pipelines.finished import read_proof
+from kdtool.pipelines.measured import check_metrics
 from kdtool.pipelines.output import Output
 from kdtool.pipelines.prove import compare
 from kdtool.pipelines.push import check_push, push
@@ -94,7 +95,7 @@ def _patch(config: RunConfig, run: Run, output: Output, began: float) -> tuple[P
     """Everything up to the finished, staged result."""
     setup.apply_benchmark(config)
     task = setup.pick_task(config, config.teacher.model, run)
-    setup.check_metrics(config, task)
+    check_metrics(config, task)
     rows, data = _rows(config, task, run)
     loaded = load_model(str(config.teacher.model), task.auto_class, run, "model")
     setup.check_trained(loaded, "model")

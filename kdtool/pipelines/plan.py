@@ -15,6 +15,7 @@ from kdtool.hub import ModelRef, fetch_config
 from kdtool.models import auto_class, plain_model_errors, read_config
 from kdtool.pipelines import setup
 from kdtool.pipelines.estimate import Size, estimate, size_of, tokens_of, without_layers
+from kdtool.pipelines.measured import check_metrics
 from kdtool.pipelines.prepare import check_teacher
 from kdtool.pipelines.push import check_push
 from kdtool.registry import METHODS
@@ -57,9 +58,10 @@ def plan(config: RunConfig, run: Run | None = None, processes: int = 1) -> dict[
     check_push(config, run)
     setup.apply_benchmark(config)
     if config.command == "distill":
+        setup.apply_method(config)
         check_teacher(config)
     task = setup.pick_task(config, setup.first_model(config), run)
-    setup.check_metrics(config, task)
+    check_metrics(config, task)
     result: dict[str, Any] = {"command": config.command, "task": task.name, "device": run.device, "seed": run.seed}
     teacher: Size | None = None
     student: Size | None = None

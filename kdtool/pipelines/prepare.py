@@ -20,7 +20,7 @@ from kdtool.registry import METHODS
 from kdtool.run import Run
 from kdtool.saving import save_model
 from kdtool.tasks._base import Task
-from kdtool.tasks._prompts import COUNTED
+from kdtool.tasks._language import LanguageTask
 from kdtool.train import parallel
 from kdtool.train.loop import Trainer
 from kdtool.train.state import generators, restore_generators, seed_everything
@@ -109,13 +109,13 @@ def _teacher(task: Task, config: RunConfig, run: Run) -> Author:
 
 def _prompts(task: Task, loaded: Loaded, config: RunConfig, run: Run) -> Callable[[Sequence[str]], list[list[int]]]:
     """Token ids of prompts as they are in rows to train on: all before the first that counts."""
+    assert isinstance(task, LanguageTask), "only language models write"
 
     def ids(prompts: Sequence[str]) -> list[list[int]]:
         rows = task.encode(Examples({"prompt": list(prompts), "response": ["."] * len(prompts)}), loaded, config, run)
         if len(rows) != len(prompts):
             raise DataProblem("some questions are too long for the model that should answer them", hint=_LONG)
-        starts = [int(counted.argmax()) for counted in rows.columns[COUNTED]]
-        return [list(map(int, row[:end])) for row, end in zip(rows.columns["input_ids"], starts, strict=True)]
+        return [[int(token) for token in task.prompt_of(rows[i])] for i in range(len(rows))]
 
     return ids
 

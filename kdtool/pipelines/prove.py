@@ -9,7 +9,7 @@ import torch
 from kdtool import gates
 from kdtool.config import RunConfig
 from kdtool.data.examples import Examples
-from kdtool.metrics import fit_temperature, reliability_bins, score
+from kdtool.metrics import agreement, fit_temperature, reliability_bins, score
 from kdtool.models import Loaded
 from kdtool.proof import Proof, Side, retention
 from kdtool.run import Run
@@ -71,7 +71,7 @@ def measure(
     run: Run,
     teacher: int | None = None,
     validation: Examples | None = None,
-) -> Side:
+) -> tuple[Side, Evaluation]:
     """Score one model on the test rows; validation rows serve only to fit a temperature."""
     names = config.eval.metrics or list(task.metrics)
     model = loaded.model.to(run.device)
@@ -79,7 +79,7 @@ def measure(
     bins = (
         reliability_bins(found.logits, found.labels) if found.logits is not None and found.labels is not None else None
     )
-    return Side(
+    side = Side(
         name=loaded.ref,
         revision=loaded.revision,
         parameters=loaded.parameters,
@@ -89,6 +89,16 @@ def measure(
         reliability=bins,
         scaling=scaling(task, loaded, found, validation, config, run, teacher),
     )
+    return side, found
+
+
+def agree(side: Side, student: Evaluation, teacher: Evaluation, names: Sequence[str]) -> None:
+    """Note how often student and teacher rank the same class or token first, where that is asked for."""
+    for name in names:
+        if name.replace("_", "-") == "agreement" and student.predictions is not None and student.units is not None:
+            assert teacher.predictions is not None
+            value, error = agreement.measured(student.predictions, teacher.predictions, student.units)
+            side.metrics[name], side.errors[name] = value, error
 
 
 def compare(
@@ -103,8 +113,11 @@ def compare(
     """Score and time the student, and the teacher beside it; with validation rows also their temperatures."""
     say = run.reporter.info
     say(f"scoring on {len(data)} test rows")
-    left = measure(task, student, data, config, run, None, validation)
-    right = None if teacher is None else measure(task, teacher, data, config, run, 0, validation)
+    left, seen = measure(task, student, data, config, run, None, validation)
+    right = None
+    if teacher is not None:
+        right, beside = measure(task, teacher, data, config, run, 0, validation)
+        agree(left, seen, beside, config.eval.metrics or task.metrics)
     proof = Proof(left, right)
     if right is not None:
         proof.retention = retention(left.metrics, right.metrics)

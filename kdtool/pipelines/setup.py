@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdtool import gates
 from kdtool.benchmarks import load_benchmark
 from kdtool.config import RunConfig
 from kdtool.data.examples import DataSplits, Examples
@@ -31,7 +30,8 @@ from kdtool.models import (
 )
 from kdtool.patching import KEY, install, layers_of
 from kdtool.pipelines.architectures import task_by_optimum
-from kdtool.registry import METRICS, TASKS
+from kdtool.pipelines.measured import check_responses
+from kdtool.registry import METHODS, TASKS
 from kdtool.run import Reporter, Run, Silent
 from kdtool.tasks._base import TEACHER_PREFIX, Task
 from kdtool.train import parallel
@@ -110,6 +110,13 @@ def apply_benchmark(config: RunConfig) -> None:
         config.eval.metrics = list(benchmark.metrics)
 
 
+def apply_method(config: RunConfig) -> None:
+    """Fill in what a method's students are measured by, where nothing is asked for."""
+    own = METHODS.info(config.method_name).facts.get("metrics")
+    if own and config.eval.metrics is None:
+        config.eval.metrics = list(own)
+
+
 def first_model(config: RunConfig) -> str | None:
     """The model whose configuration says what a run is about: the teacher, unless it gives only texts."""
     return config.student.model if config.teacher.writes_only else config.teacher.model or config.student.model
@@ -156,24 +163,6 @@ def _role(config: RunConfig, reference: str) -> str:
     if config.command != "distill":
         return "model"
     return "teacher" if reference == config.teacher.model else "student"
-
-
-def check_metrics(config: RunConfig, task: Task) -> None:
-    """Refuse metrics that the task does not have, and gates on what is not measured, before any work.
-
-    Raises:
-        UsageProblem: the first of them.
-    """
-    measured = config.eval.metrics or list(task.metrics)
-    for name in measured:
-        if task.classifies:
-            METRICS.check(name.replace("_", "-"))
-        elif name not in task.metrics:
-            raise UsageProblem(f"{task.name} has no metric '{name}'", hint=f"metrics: {', '.join(task.metrics)}")
-    made_up = dict.fromkeys(measured, 1.0)
-    beside = made_up if config.teacher.model is not None else {}
-    for gate in gates.parse_gates(config.eval.fail_under):
-        gates.check(gate, made_up, beside, beside)
 
 
 def load_processor(loaded: Loaded, task: Task, run: Run, fallback: Loaded | None = None) -> None:
@@ -250,6 +239,7 @@ def get_data(config: RunConfig, task: Task, run: Run, score_only: bool = False) 
     others = task.other_columns
     data = load_data(config.data, task.columns, task.optional_columns, run, others=others, score_only=score_only)
     run.provenance["data"] = data.provenance
+    check_responses(config, data)
     return data
 
 

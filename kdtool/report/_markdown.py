@@ -137,7 +137,7 @@ def write_report(
         proof: What was measured.
         history: Log lines of training: `step`, `loss`, `lr`, and `parts` (name to value); may be empty.
         config: The resolved configuration.
-        plots: Draw loss, quality against size, and reliability, as far as there is something to draw.
+        plots: Draw loss, generated texts, quality against size, and reliability, as far as there is something to draw.
         section: Lines of a part of its own, after the gates.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The three plots of a report; drawn without pyplot, so that nothing global changes."""
+"""The plots of a report; drawn without pyplot, so that nothing global changes."""
 
 import io
 import math
@@ -17,6 +17,14 @@ from kdtool.writing import write_bytes
 STUDENT, TEACHER = "#0b6e99", "#d9822b"
 _PARTS = ("#7a9e3a", "#a05195", "#c9a227", "#5d6d7e", "#c0392b", "#2a9d8f")
 _GREY = "#8a8a8a"
+
+
+_TEXTS = {
+    "acceptance": "accepted (share of tokens)",
+    "teacher log-likelihood": "teacher's log-likelihood\n(nats per token)",
+    "student texts": "student's texts (share of tokens)",
+}
+"""Parts of the log that describe generated texts and are no losses, with what their axes say."""
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -51,6 +59,31 @@ def _series(history: Sequence[Mapping[str, Any]], key: str, part: str | None = N
     return steps, values
 
 
+def _parts_of(history: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names of the logged parts, in order of appearance."""
+    return list(dict.fromkeys(name for entry in history for name in entry.get("parts") or {}))
+
+
+def texts_figure(history: Sequence[Mapping[str, Any]]) -> Figure | None:
+    """What generated texts were like over steps, a panel for each figure; None where none were logged twice."""
+    series = {name: _series(history, "parts", name) for name in _TEXTS if name in _parts_of(history)}
+    series = {name: found for name, found in series.items() if len(found[0]) > 1}
+    if not series:
+        return None
+    figure = new_figure(7.0, 1.2 + 2.0 * len(series))
+    panels = figure.subplots(len(series), 1, sharex=True, squeeze=False)[:, 0]
+    for panel, (name, (steps, values)) in zip(panels, series.items(), strict=True):
+        panel.plot(steps, values, color=STUDENT, linewidth=1.6)
+        panel.set_ylabel(_TEXTS[name])
+        if name != "teacher log-likelihood":
+            panel.set_ylim(0.0, 1.02)
+        tidy(panel)
+    panels[-1].set_xlabel("step")
+    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    panels[0].set_title("Generated texts", loc="left", fontweight="bold")
+    return figure
+
+
 def loss_figure(history: Sequence[Mapping[str, Any]]) -> Figure | None:
     """Loss with its parts over steps, the learning rate below; None with fewer than two points."""
     steps, losses = _series(history, "loss")
@@ -60,7 +93,7 @@ def loss_figure(history: Sequence[Mapping[str, Any]]) -> Figure | None:
     figure = new_figure(7.0, 4.6 if rates[0] else 3.6)
     panels = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1)) if rates[0] else [figure.subplots()]
     top = panels[0]
-    names = list(dict.fromkeys(name for entry in history for name in entry.get("parts") or {}))
+    names = [name for name in _parts_of(history) if name not in _TEXTS]
     drawn = list(losses)
     for position, name in enumerate(names):
         x, y = _series(history, "parts", name)
@@ -176,6 +209,7 @@ def draw_all(folder: Path, proof: Proof, history: Sequence[Mapping[str, Any]]) -
     """Draw what there is to draw into `folder/plots`; yields caption and path of each file."""
     figures = {
         "loss": ("Loss over steps", loss_figure(history)),
+        "texts": ("Generated texts over steps", texts_figure(history)),
         "quality_size": ("Quality against size", quality_figure(proof)),
         "reliability": ("Reliability: accuracy against confidence", reliability_figure(proof)),
     }

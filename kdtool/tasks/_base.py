@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kdtool.config import RunConfig
 from kdtool.data.examples import Examples
+from kdtool.divergences import Head
 from kdtool.models import Loaded
 from kdtool.run import Run
 
@@ -45,6 +46,21 @@ class Outputs:
     labels: Tensor | None
 
 
+@dataclass(frozen=True, slots=True)
+class States:
+    """What a language model's head turns into logits, of the units that count.
+
+    Attributes:
+        hidden: [units, width]
+        head: The head.
+        labels: [units] int64 token ids.
+    """
+
+    hidden: Tensor
+    head: Head
+    labels: Tensor
+
+
 @dataclass(slots=True)
 class Evaluation:
     """Result of scoring a model.
@@ -55,6 +71,8 @@ class Evaluation:
         logits: [examples, classes] float32 for classifiers, else None.
         labels: [examples] int64 for classifiers, else None.
         examples: Number of examples scored.
+        predictions: [units] the classes or tokens ranked first, row by row; None where unknown.
+        units: [examples] number of units of each row beside them.
     """
 
     metrics: dict[str, float]
@@ -62,6 +80,8 @@ class Evaluation:
     logits: np.ndarray | None
     labels: np.ndarray | None
     examples: int
+    predictions: np.ndarray | None = None
+    units: np.ndarray | None = None
 
 
 class Task:
@@ -106,12 +126,28 @@ class Task:
         """
         raise NotImplementedError
 
+    def packed(self, rows: Examples, models: Sequence[nn.Module]) -> Examples | None:
+        """Encoded training rows that `collate` puts side by side, for models that keep them apart.
+
+        Returns:
+            The rows; None where the task has no such rows, or a model cannot.
+        """
+        return None
+
     def collate(self, items: Sequence[Mapping[str, Any]]) -> Batch:
         """Pad and stack encoded examples."""
         raise NotImplementedError
 
     def forward(self, model: nn.Module, batch: Batch) -> Outputs:
         """Run a model on a batch."""
+        raise NotImplementedError
+
+    def has_states(self, model: nn.Module) -> bool:
+        """Whether `states` can take the place of `forward`, so that no logits need be held as a whole."""
+        return False
+
+    def states(self, model: nn.Module, batch: Batch) -> States:
+        """Run the body of a language model on a batch."""
         raise NotImplementedError
 
     def evaluate(

@@ -9,7 +9,7 @@ from torch import nn
 
 from kdtool.data.batching import ordered_batches
 from kdtool.data.examples import Examples
-from kdtool.metrics import score
+from kdtool.metrics import compared, score
 from kdtool.run import Run
 from kdtool.tasks._base import LABELS, Batch, Evaluation, Outputs, Task, to_device, view_of
 
@@ -74,8 +74,9 @@ class ClassificationTask(Task):
         """Score a model; the result does not depend on the batch size beyond rounding."""
         logits = self.predict(model, data, run, batch_size, teacher)
         labels = np.asarray(data.columns[LABELS])
-        values, errors = score(metrics, logits, labels)
-        return Evaluation(values, errors, logits, labels, len(data))
+        values, errors = score([name for name in metrics if compared(name) == "logits"], logits, labels)
+        ones = np.ones(len(data), dtype=np.int64)
+        return Evaluation(values, errors, logits, labels, len(data), logits.argmax(1), ones)
 
     def example_inputs(self, data: Examples, batch_size: int, teacher: int | None = None) -> Batch:
         """A batch of real inputs without labels."""

@@ -1,19 +1,25 @@
 """What all language models share: a unit is a predicted token, and figures are means over those that count."""
 
 import math
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from kdtool.config import RunConfig
 from kdtool.data.batching import ordered_batches
 from kdtool.data.examples import Examples
+from kdtool.metrics import Texts, compared, ratio_and_error, score_texts
+from kdtool.models import Loaded
 from kdtool.run import Run
 from kdtool.tasks import _base
 from kdtool.tasks._base import LABELS, Batch, Evaluation, to_device
+from kdtool.tasks._prompts import REFERENCE
+from kdtool.tasks._text import padding_id
+from kdtool.tasks._writing import Writing, write
 
 IGNORED = -100
 """Label of tokens that do not count, as transformers has it."""
@@ -24,15 +30,24 @@ _LARGEST = 700.0  # nats whose exponential is still a float
 class LanguageTask(_base.Task):
     """Base of the tasks whose units are tokens; a subclass says how inputs are made and which tokens count."""
 
-    metrics: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "token-accuracy")
+    metrics: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "token-accuracy", "agreement")
     default_lr: ClassVar[float] = 5e-4
     classifies: ClassVar[bool] = False
 
     def units(self, batch: Batch) -> Tensor:
-        """How many units each row of a batch has, [rows] int64; `forward` gives them row by row."""
+        """How many units each example of a batch has, [examples] int64; `forward` gives them in that order."""
         raise NotImplementedError
 
-    @torch.no_grad()
+    def prompt_of(self, row: Mapping[str, Any]) -> np.ndarray:
+        """What of an encoded row a model is asked to go on from."""
+        raise NotImplementedError
+
+    def remember(self, loaded: Loaded, config: RunConfig) -> None:
+        """Keep what evaluation needs of tokenizer and settings; called by `encode`."""
+        self.tokenizer, self.answers = loaded.processor, config.eval.answers
+        self.padding = padding_id(loaded.processor)
+        self.writing = Writing(config.eval.max_new_tokens, tuple(config.eval.stop))
+
     def evaluate(
         self,
         model: nn.Module,
@@ -44,10 +59,35 @@ class LanguageTask(_base.Task):
     ) -> Evaluation:
         """Mean loss in nats per counted token, perplexity, share of counted tokens predicted right.
 
+        Metrics that compare texts have the model write one behind each prompt first, greedily.
         Standard errors treat rows as independent.
         """
         model.eval()
-        sums = np.zeros((3, len(data)))  # loss, hits, units
+        sums, predictions = self._passes(model, data, run, batch_size)
+        values, errors = _figures(*sums)
+        named = [name for name in metrics if compared(name) == "texts"]
+        if named:
+            prompts = [self.prompt_of(data[i]) for i in range(len(data))]
+            written = write(model, self.tokenizer, prompts, self.writing, batch_size, run)
+            references: Any = data.columns[REFERENCE]
+            found = score_texts(named, Texts(written, references, self.answers))
+            values, errors = values | found[0], errors | found[1]
+        chosen = [name for name in metrics if name in values]
+        return Evaluation(
+            {name: values[name] for name in chosen},
+            {name: errors[name] for name in chosen},
+            None,
+            None,
+            len(data),
+            predictions,
+            sums[2].astype(np.int64),
+        )
+
+    @torch.no_grad()
+    def _passes(self, model: nn.Module, data: Examples, run: Run, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Loss, hits and units of each row, [3, rows]; tokens ranked first, [units] in the order of the data."""
+        sums = np.zeros((3, len(data)))
+        ranked: list[np.ndarray] = [np.empty(0, dtype=np.int32)] * len(data)
         for rows in ordered_batches(data.lengths, len(data), batch_size):
             batch = to_device(self.collate([data[int(i)] for i in rows]), run.device)
             out = self.forward(model, batch)
@@ -55,15 +95,14 @@ class LanguageTask(_base.Task):
             units = self.units(batch)
             owner = torch.arange(len(rows), device=units.device).repeat_interleave(units)
             loss = functional.cross_entropy(out.logits.float(), out.labels, reduction="none").double()
-            hits = (out.logits.argmax(-1) == out.labels).double()
+            first = out.logits.argmax(-1)
             found = torch.zeros(2, len(rows), dtype=torch.float64, device=units.device)
-            found.index_add_(1, owner, torch.stack([loss, hits]))
+            found.index_add_(1, owner, torch.stack([loss, (first == out.labels).double()]))
             sums[:, rows] = torch.cat([found, units.double()[None]]).cpu().numpy()
-        values, errors = _figures(*sums)
-        chosen = [name for name in metrics if name in values]
-        return Evaluation(
-            {name: values[name] for name in chosen}, {name: errors[name] for name in chosen}, None, None, len(data)
-        )
+            parts = np.split(first.int().cpu().numpy(), np.cumsum(units.cpu().numpy())[:-1])
+            for row, part in zip(rows, parts, strict=True):
+                ranked[row] = part
+        return sums, np.concatenate(ranked)
 
     def example_inputs(self, data: Examples, batch_size: int, teacher: int | None = None) -> Batch:
         """A batch of real rows without labels."""
@@ -78,17 +117,3 @@ def _figures(losses: np.ndarray, hits: np.ndarray, units: np.ndarray) -> tuple[d
     perplexity = math.exp(loss) if loss < _LARGEST else math.inf
     values = {"loss": loss, "perplexity": perplexity, "token-accuracy": accuracy}
     return values, {"loss": loss_error, "perplexity": perplexity * loss_error, "token-accuracy": accuracy_error}
-
-
-def ratio_and_error(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
-    """Mean over units of independent rows, and its standard error to first order.
-
-    Args:
-        sums: [rows] sums over each row's units.
-        counts: [rows] number of units.
-    """
-    mean = float(sums.sum() / counts.sum())
-    if len(sums) < 2:
-        return mean, math.nan
-    apart = sums - mean * counts
-    return mean, float(math.sqrt(len(sums) / (len(sums) - 1) * np.square(apart).sum()) / counts.sum())

@@ -19,6 +19,9 @@ from kdtool.run import Run
 COUNTED = "counted"
 """Column beside `input_ids`: [tokens] bool, true where a token is to be predicted."""
 
+REFERENCE = "reference"
+"""Column beside them: the text of the response, whole, as metrics compare it."""
+
 _CUT_RESPONSE = 2
 """Where a prompt is cut on the left, its response gets up to the second part of the length."""
 
@@ -69,13 +72,14 @@ def encode_prompts(rows: Examples, tokenizer: Any, settings: DataSection, limit:
     pieces, begin = pieces_of(rows, tokenizer, settings)
     texts = [piece.text for row in pieces for piece in row]
     encoded = iter(tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"])
-    ids, counted, tally = [], [], _Tally()
-    for row in pieces:
+    ids, counted, kept, tally = [], [], [], _Tally()
+    for number, row in enumerate(pieces):
         made = _joined(row, [next(encoded) for _ in row], begin, tokenizer.eos_token_id)
         fitted = _fitted(*made, limit, len(begin), settings.long_prompts == "cut", tally)
         if fitted is not None:
             ids.append(fitted[0])
             counted.append(fitted[1])
+            kept.append(number)
     _report(tally, len(pieces), limit, run)
     if not ids:
         raise DataProblem(
@@ -83,7 +87,40 @@ def encode_prompts(rows: Examples, tokenizer: Any, settings: DataSection, limit:
             why=f"{tally.too_long} have a prompt of {limit} tokens or more, {tally.empty} have no response",
             hint="--set data.long_prompts=cut, or a larger data.max_length",
         )
-    return Examples({"input_ids": ids, COUNTED: counted}, np.array([len(row) for row in ids], dtype=np.int64))
+    answers = _first_answers(rows)
+    columns: dict[str, Any] = {"input_ids": ids, COUNTED: counted, REFERENCE: [answers[number] for number in kept]}
+    return Examples(columns, np.array([len(row) for row in ids], dtype=np.int64))
+
+
+def _first_answers(rows: Examples) -> Sequence[str]:
+    """The response of each row, of a conversation the first."""
+    if "messages" not in rows.columns:
+        return list(rows.columns["response"])
+    return [
+        next((message["content"] for message in messages[1:] if message["role"] == ANSWERS), "")
+        for messages in rows.columns["messages"]
+    ]
+
+
+def documents(texts: Sequence[Sequence[int]], begin: Sequence[int], end: int | None, limit: int) -> Examples:
+    """Texts as rows of their own of at most `limit` tokens, long ones in parts; all but the first token counts.
+
+    Args:
+        texts: Token ids of each text.
+        begin: Ids in front of a text.
+        end: Id behind it, where there is one.
+        limit: Longest row in tokens.
+
+    Raises:
+        DataProblem: no text has two tokens.
+    """
+    whole = [np.array([*begin, *ids, *([] if end is None else [end])], dtype=np.int64) for ids in texts]
+    rows = [ids[at : at + limit] for ids in whole for at in range(0, len(ids), limit)]
+    rows = [ids for ids in rows if len(ids) > 1]
+    if not rows:
+        raise DataProblem("the texts are empty", hint="choose another column: --set data.text=COLUMN")
+    counted = [np.arange(len(ids)) > 0 for ids in rows]
+    return Examples({"input_ids": rows, COUNTED: counted}, np.array([len(ids) for ids in rows], dtype=np.int64))
 
 
 def pieces_of(rows: Examples, tokenizer: Any, settings: DataSection) -> tuple[list[list[Piece]], list[int]]:

@@ -28,11 +28,14 @@ from kdtool.run import Run
 from kdtool.tasks._base import ROWS, VIEW, Batch, to_device
 from kdtool.tasks._views import Views, collated
 from kdtool.train import checkpoint, parallel, state
-from kdtool.train.optim import build_optimizer, parameter_groups
+from kdtool.train.optim import parameter_groups
 from kdtool.train.schedule import factor
 
 Found = tuple[dict[str, Tensor], dict[str, Any]]
 """Tensors and state of a checkpoint."""
+
+_UNITS = "units of "
+"""What the key of a part's own number of units starts with."""
 
 _AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -116,6 +119,16 @@ def _kept_frozen(method: torch.nn.Module) -> set[str]:
     return {name for name, p in method.named_parameters() if getattr(p, "kept_frozen", False)}
 
 
+def _means(sums: dict[str, float], count: float) -> dict[str, float]:
+    """Sums divided by their units; those without any are left out."""
+    found = {}
+    for name, total in sums.items():
+        units = sums.get(f"{_UNITS}{name}", count or 1.0)
+        if not name.startswith(_UNITS) and units:
+            found[name] = total / units
+    return found
+
+
 class Trainer:
     """Trains one method on encoded data.
 
@@ -177,6 +190,7 @@ class Trainer:
         if self.run.rank:
             state.seed_everything(self.run.seed + self.run.rank)  # dropout must differ between processes
         found = self._found()
+        self.method.steps = self.plan.steps
         start = int(found[1]["step"]) if found else 0
         stages = list(self.method.stages())
         ends = self._ends([stage.share for stage in stages])
@@ -273,7 +287,8 @@ class Trainer:
             raise TrainingProblem("nothing to train", why="all parameters are frozen", hint="see student.freeze")
         self.parameters = [p for _, p in named if p.requires_grad]
         self.method.train()
-        return build_optimizer(groups, self.config, self.run.device)
+        built: torch.optim.Optimizer = self.method.optimizer(groups, self.config, self.run.device)
+        return built
 
     def _autocast(self) -> contextlib.AbstractContextManager[None]:
         dtype = _AUTOCAST.get(self.run.dtype or "")
@@ -293,6 +308,7 @@ class Trainer:
 
     def _step(self, optimizer: torch.optim.Optimizer, step: int, first: int, last: int) -> None:
         """One optimiser step over all its micro-batches."""
+        self.method.before_step(step)
         scale = factor(step - first, last - first, self.config.warmup, self.config.schedule)
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * scale
@@ -307,7 +323,9 @@ class Trainer:
                     losses = self.method(batch, progress)
                 self.scaler.scale(losses.total * 0 if idle else losses.total).backward()
                 count = count + (0 if idle else losses.count)
-                for name, value in {"loss": losses.total, **losses.parts}.items():
+                noted = {"loss": losses.total, **losses.parts}
+                noted |= {f"{_UNITS}{name}": value for name, value in losses.units.items()}
+                for name, value in noted.items():
                     self._note(name, torch.zeros_like(value) if idle else value.detach())
         self._pending_count = self._pending_count + count
         if self.run.world > 1:
@@ -375,7 +393,7 @@ class Trainer:
     def _log(self, stage: str, optimizer: torch.optim.Optimizer, done: int) -> None:
         sums = torch.tensor([float(self._pending_count), *map(float, self._pending.values())], dtype=torch.float64)
         count, *totals = parallel.sum_over(self.run, sums.to(self.run.device)).tolist()
-        means = {name: total / (count or 1.0) for name, total in zip(self._pending, totals, strict=True)}
+        means = _means(dict(zip(self._pending, totals, strict=True)), count)
         self._pending, self._pending_count = dict.fromkeys(self._pending, torch.zeros(())), 0.0
         if not math.isfinite(means["loss"]):
             raise TrainingProblem(

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kdtool.methods.sinkd import sinkhorn_distance
+from kdtool.divergences import sinkhorn_distance
 
 TAU, EPS, ROUNDS = 2.0, 0.1, 20
 GOAL, TOLERANCE = 2.0, 1e-5

@@ -6,18 +6,30 @@ import pytest
 import torch
 
 from kdtool.compressors._base import Context
-from kdtool.config import OutputSection
+from kdtool.config import OutputSection, TrainSection
 from kdtool.errors import UsageProblem
 from kdtool.models import load
 from kdtool.registry import COMPRESSORS
+from kdtool.registry import TASKS as ALL_TASKS
 from kdtool.run import Run
 from kdtool.saving import save_model
+from kdtool.train.state import seed_everything
 from kdtool.verify import outputs
 from tests.kits import make_kit
 
 TASKS = ("text-classification", "image-classification", "causal-lm")
+PAIRS = [
+    pytest.param(name, task, id=f"{name}-{task}")
+    for name in COMPRESSORS.names()
+    for task in TASKS
+    if task in COMPRESSORS.info(name).facts.get("tasks", TASKS)
+]
+NEEDED = {"models": lambda kit: [str(kit.teacher.folder)], "hidden": lambda kit: 8}
+"""What required settings are set to."""
+SHORT = {"steps": 17, "interval": 1}
+"""What makes compressors that train do so briefly."""
 each = pytest.mark.parametrize("name", COMPRESSORS.names())
-on_each = pytest.mark.parametrize("task", TASKS)
+on_each = pytest.mark.parametrize(("name", "task"), PAIRS)
 with_and_without_data = pytest.mark.parametrize("calibrated", [False, True])
 
 
@@ -26,14 +38,23 @@ def kits(models, data):
     return {task: make_kit(task, models, data) for task in TASKS}
 
 
+def trains(name):
+    return COMPRESSORS.info(name).facts.get("trains", False)
+
+
 def apply(name, kit, calibrated, **values):
     for setting in COMPRESSORS.info(name).settings:
         if setting.required:
-            assert setting.name == "models", "say here what this setting needs"
-            values.setdefault("models", [str(kit.teacher.folder)])
+            assert setting.name in NEEDED, "say in NEEDED what this setting needs"
+            values.setdefault(setting.name, NEEDED[setting.name](kit))
+        elif trains(name) and setting.name in SHORT:
+            values.setdefault(setting.name, SHORT[setting.name])
     batches = [kit.task.example_inputs(kit.train, 4)] if calibrated else None
     config = COMPRESSORS.build_config(name, values)
-    return COMPRESSORS.get(name)(kit.copy(kit.teacher), config, Context(kit.task, batches, Run(offline=True)))
+    seed_everything(0)
+    run, rows = Run(offline=True), kit.train if calibrated else None
+    context = Context(kit.task, batches, run, rows, TrainSection(batch_size=4))
+    return COMPRESSORS.get(name)(kit.copy(kit.teacher), config, context)
 
 
 @each
@@ -41,14 +62,18 @@ def test_says_where_it_comes_from(name):
     info = COMPRESSORS.info(name)
     assert info.summary.endswith(".")
     assert "arXiv:" in info.facts["paper"]
+    assert set(info.facts.get("tasks", ())) <= set(ALL_TASKS.names())
     assert all(setting.doc for setting in info.settings)
 
 
-@each
 @on_each
 @with_and_without_data
 def test_makes_a_model_that_reloads_and_leaves_its_source(kits, name, task, calibrated, tmp_path):
     kit = kits[task]
+    if trains(name) and not calibrated:
+        with pytest.raises(UsageProblem, match="trains on data"):
+            apply(name, kit, calibrated)
+        return
     before = copy.deepcopy(kit.teacher.model.state_dict())
     made = apply(name, kit, calibrated)
     probe = kit.task.example_inputs(kit.test, 3)
@@ -64,7 +89,6 @@ def test_makes_a_model_that_reloads_and_leaves_its_source(kits, name, task, cali
     assert all(torch.equal(value, before[key]) for key, value in kit.teacher.model.state_dict().items())
 
 
-@each
 @on_each
 def test_two_runs_agree(kits, name, task):
     first, second = (apply(name, kits[task], True).model.state_dict() for _ in range(2))

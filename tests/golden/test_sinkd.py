@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from kdtool.methods import _transport
-from kdtool.methods.sinkd import annealed, cost, sinkhorn_distance, soft_cross_entropy
+from kdtool.divergences import _transport, cost, sinkhorn_distance
+from kdtool.methods.sinkd import annealed, soft_cross_entropy
 
 from ._cases import Case, cases
 

@@ -1,13 +1,16 @@
-"""SKD and its baselines ('skd', 'gkd', 'seqkd'): token sequences, divergences, pieces of MiniLLM."""
+"""The family of SKD: token sequences, divergences, pieces of MiniLLM.
+
+Methods: 'skd', 'mixed-skd', 'gkd', 'on-policy', 'supervised-kd', 'imitkd', 'seqkd', 'minillm'.
+"""
 
 import re
 
 import pytest
 import torch
 
-from kdtool.divergences import Divergence, cross_entropy, divergence
+from kdtool.divergences import Divergence, Head, cross_entropy, divergence
 from kdtool.generation import Interleaving, Warp, generate
-from kdtool.methods._returns import returns
+from kdtool.methods._policy import pieces
 
 from ._cases import Case, cases
 
@@ -36,6 +39,9 @@ class Table:
 
     def keep(self, counts, fed):
         self.read += int(counts.sum())
+
+    def select(self, rows):
+        pass
 
 
 def rolled(case, gamma, copies=1):
@@ -102,14 +108,20 @@ def test_cross_entropy_of_sequences(case: Case):
 
 @of_kind("minillm")
 def test_minillm(case: Case):
-    t = case.tensors
+    t, h = case.tensors, case.hyper
     mask = t["mask"].bool()
     student = t["student_logits"].clone().requires_grad_()
-    ids = t["completion_ids"][..., None]
-    reward = [z.detach().log_softmax(-1).gather(-1, ids)[..., 0] for z in (t["teacher_logits"], student)]
-    found = returns((reward[0] - reward[1]) * mask, mask, case.hyper["gamma"], case.hyper["length_normalization"])
-    torch.testing.assert_close(found, t["advantage"], **case.tolerance.of("minillm.advantage"))
-    loss = divergence(student[mask], t["teacher_logits"][mask], Divergence("reverse-kl")) / mask.sum()
+    head = Head(torch.eye(student.shape[-1], dtype=student.dtype))  # hidden states that are the logits
+    found = pieces(
+        (student, head),
+        (t["teacher_logits"], head),
+        t["completion_ids"],
+        mask,
+        gamma=h["gamma"],
+        normalise=h["length_normalization"],
+    )
+    torch.testing.assert_close(found.returns, t["advantage"], **case.tolerance.of("minillm.advantage"))
+    loss = found.single_step / mask.sum()
     loss.backward()
     close = case.tolerance.of("float64")
     torch.testing.assert_close(loss.detach(), t["single_step"][0], **close)

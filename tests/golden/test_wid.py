@@ -9,6 +9,7 @@ import transformers
 from kdtool.compressors import _wid_merge as merging
 from kdtool.compressors import _wid_schedule as schedule
 from kdtool.compressors import _wid_step as stepping
+from kdtool.compressors._wid_anatomy import anatomy_of
 from tests.golden._cases import cases
 
 KINDS = {}
@@ -31,7 +32,7 @@ def masked_lm(values, state):
     config = transformers.BertConfig(**values, tie_word_embeddings=False)
     model = transformers.BertForMaskedLM(config).double().eval()
     # an untied decoder has a bias of its own, which the files hold under the name of the tied one
-    state = state | {"cls.predictions.decoder.bias": state["cls.predictions.bias"]}
+    state = {"cls.predictions.decoder.bias": state["cls.predictions.bias"]} | state
     model.load_state_dict(state)
     return model
 
@@ -49,24 +50,44 @@ def factor_of(case):
     return merging.query_factor(*sizes)
 
 
+def merged_of(case, factor):
+    """Weights of the student, from those of the teacher."""
+    state, compactors, keep = (part(case, name) for name in ("teacher", "compactor", "keep"))
+    teacher = masked_lm(case.entry["teacher"], state)
+    return merging.merge(teacher.state_dict(), compactors, keep, anatomy_of(teacher), factor)
+
+
+def student_of(case, factor):
+    return masked_lm(case.entry["teacher"] | case.entry["student"], merged_of(case, factor))
+
+
+def masked_of(case):
+    """The teacher between its compactors, all that is dropped zero."""
+    teacher = masked_lm(case.entry["teacher"], part(case, "teacher"))
+    anatomy = anatomy_of(teacher)
+    wrapped = merging.compacted(teacher, anatomy)
+    with torch.no_grad():
+        for name, compactor in merging.compactors_of(wrapped, anatomy).items():
+            compactor.copy_(part(case, "compactor")[name])
+    keep = part(case, "keep")
+    masks = {g: torch.zeros(size, dtype=torch.bool).index_fill(0, keep[g], 1) for g, size in anatomy.sizes.items()}
+    return merging.zeroed(wrapped, anatomy, masks)
+
+
 @of("end_to_end")
 def test_the_merge_gives_the_reference_student(case):
-    state, expected = part(case, "teacher"), part(case, "student")
-    factor = factor_of(case)
+    expected, factor = part(case, "student"), factor_of(case)
     assert math.isclose(factor, case.entry["query_factor"])
-    merged = merging.merge(state, part(case, "compactor"), part(case, "keep"), "bert", factor)
+    merged = merged_of(case, factor)
     for name, value in expected.items():
         torch.testing.assert_close(merged[name], value, **case.tolerance.of("end_to_end"))
 
 
 @of("end_to_end")
 def test_the_merged_student_is_the_masked_teacher(case):
-    state, compactors, keep = (part(case, name) for name in ("teacher", "compactor", "keep"))
-    teacher = masked_lm(case.entry["teacher"], state)
-    near = case.tolerance.of("end_to_end")
-    masked, masked_states = run(merging.compacted(teacher, compactors, keep), case)
-    merged = merging.merge(state, compactors, keep, "bert", factor_of(case))
-    student, states = run(masked_lm(case.entry["teacher"] | case.entry["student"], merged), case)
+    keep, near = part(case, "keep"), case.tolerance.of("end_to_end")
+    masked, masked_states = run(masked_of(case), case)
+    student, states = run(student_of(case, factor_of(case)), case)
     torch.testing.assert_close(masked, case.tensors["logits"], **near)
     torch.testing.assert_close(student, case.tensors["logits"], **near)
     for i, (before, after) in enumerate(zip(masked_states, states, strict=True)):
@@ -76,8 +97,7 @@ def test_the_merged_student_is_the_masked_teacher(case):
 
 @of("end_to_end")
 def test_smaller_heads_need_the_query_factor(case):
-    merged = merging.merge(part(case, "teacher"), part(case, "compactor"), part(case, "keep"), "bert", 1.0)
-    logits, _ = run(masked_lm(case.entry["teacher"] | case.entry["student"], merged), case)
+    logits, _ = run(student_of(case, 1.0), case)
     off = float((logits - case.tensors["logits"]).abs().max())
     assert off < 1e-9 if factor_of(case) == 1.0 else off > 0.05
 
@@ -110,7 +130,7 @@ def test_penalty_steps(case, role, phase):
     adam = stepping.Adam(entry["lr"], tuple(entry["betas"]), entry["eps"], decay)
     param, grad, m, v = (given[key].clone() for key in ("param0", "grad", "exp_avg0", "exp_avg_sq0"))
     if phase == "active":
-        gone = stepping.dropped_entries(param, given["keep"], role)
+        gone = stepping.dropped_entries(given["keep"], role)
         grad = stepping.penalise(param, grad, m, gone, entry["l2_lambda"])
     elif role != "bias":
         grad = stepping.shrink(param, grad)

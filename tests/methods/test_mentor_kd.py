@@ -106,11 +106,11 @@ class Hears(Silent):
 
 def prepare(spellers, folder, mentor="mentor", teacher=None, **values):
     """`prepare` of a method on sums; what the mentor is fitted on is kept under `fitted`."""
-    config = load_config("distill", None, [], {"method.name": "mentor-kd", "data.source": "sums"})
+    config = load_config("distill", None, ["eval.answers=svamp"], {"method.name": "mentor-kd", "data.source": "sums"})
     config.teacher.model = str(teacher or chains.teacher_file(folder / "teacher.jsonl", chains.sums(8)))
     hears, fitted = Hears(), []
     run = Run(reporter=hears)
-    values = {"dataset": "svamp", "mentor": "m", **values}
+    values = {"mentor": "m", **values}
     method = METHODS.get("mentor-kd")(
         METHODS.build_config("mentor-kd", values), spellers["student"], [], TASKS.get("causal-lm")()
     )

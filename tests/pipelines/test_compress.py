@@ -94,6 +94,8 @@ def test_dry_run_names_the_stages(cli, models, tmp_path):
         (["--method", "layers", "--fail-under", "accuracy=1"], "needs something to measure on"),
         (["--method", "width", "--set", "method.heads=0.5"], "cannot lose heads"),
         (["--method", "average"], "average needs --set method.models"),
+        (["--method", "wid"], "wid needs --set method.hidden"),
+        (["--method", "wid", "--set", "method.hidden=8"], "wid trains on data"),
         ([], "no method given"),
     ],
 )
@@ -102,3 +104,51 @@ def test_mistakes(cli, models, tmp_path, arguments, said):
     assert done.code == 2
     assert said in done.problem
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["hidden=16"], "hidden=16 makes nothing smaller"),
+        (["hidden=9"], "cannot be divided into 2 heads of equal size"),
+        (["hidden=12", "strategy=head"], "cannot be divided into whole heads of 8"),
+        (["hidden=8", "steps=63"], "63 steps are too few"),
+        (["hidden=8", "steps=160", "interval=10"], "160 steps are too few"),
+        (["hidden=8", "stepz=9"], "unknown key 'method.stepz' for wid"),
+    ],
+)
+def test_mistakes_of_trained_compressors(cli, models, data, tmp_path, settings, said):
+    given = [part for value in settings for part in ("--set", f"method.{value}")]
+    command = ["compress", models("bert"), "--method", "wid", *given, "-d", data("text")]
+    done = cli(*command, "-o", tmp_path / "o", "--offline", *QUICK)
+    assert done.code == 2
+    assert said in done.problem
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_compressor_of_encoders_refuses_decoders(cli, models, data, tmp_path):
+    command = ["compress", models("llama"), "--method", "wid", "--set", "method.hidden=8", "-d", data("plain")]
+    done = cli(*command, "-o", tmp_path / "o", "--offline", *QUICK)
+    assert done.code == 2
+    assert "compressor 'wid' does not fit task 'causal-lm'" in done.problem
+
+
+def test_a_trained_compressor_makes_a_plain_model_that_can_be_fine_tuned(cli, models, data, tmp_path):
+    settings = ["method.hidden=8", "method.steps=17", "method.interval=1", "train.batch_size=4"]
+    given = [part for value in settings for part in ("--set", value)]
+    command = ["compress", models("bert-small"), "--method", "wid", *given, "-d", data("text"), "-o", tmp_path / "o"]
+    done = cli(*command, "--recover", "1", "--json", "--offline", *QUICK)
+    assert done.code == 0, done.err
+    made = done.answer["stages"][0]["made"]
+    assert made["merge_difference"] < 1e-5
+    assert made["largest_dropped_norm"] > 0
+    assert done.answer["steps"] == 18
+    assert "largest norm of what was dropped" in (tmp_path / "o" / "report.md").read_text()
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "o")
+    shape = (model.config.hidden_size, model.config.num_attention_heads, model.config.intermediate_size)
+    assert shape == (8, 2, 16)
+    tuned = cli(
+        "distill", "--student", tmp_path / "o", "--method", "none", "-d", data("text"), "--max-steps", "1",
+        "-o", tmp_path / "tuned", "--offline", *QUICK,
+    )  # fmt: skip
+    assert tuned.code == 0, tuned.err

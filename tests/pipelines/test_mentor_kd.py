@@ -9,13 +9,22 @@ from tests import chains
 from tests.endpoint.server import Fault, Server
 from tests.pipelines.conftest import QUICK, start, wait
 
-FEW = ["--max-steps", "2", "--batch-size", "4", *QUICK]
+FEW = [
+    "--max-steps",
+    "2",
+    "--batch-size",
+    "4",
+    "--set",
+    "eval.answers=svamp",
+    "--set",
+    "eval.max_new_tokens=16",
+    *QUICK,
+]
 METHOD = {
     "mentor_epochs": 1,
     "n_teacher": 2,
     "n_aug": 1,
     "max_new_tokens": 8,
-    "dataset": "svamp",
 }
 
 
@@ -73,6 +82,7 @@ def test_one_command_from_an_endpoint_to_a_student(place, server, tmp_path):
     for path in (tmp_path / "out").rglob("*"):
         assert not path.is_file() or server.key.encode() not in path.read_bytes(), path
     assert server.key not in found.err + found.out
+    assert set(found.answer["metrics"]["student"]) == {"exact-answer"}
     assert found.answer["metrics"]["teacher"], "the mentor stands beside the student"
 
 
@@ -141,8 +151,8 @@ MISTAKES = {
     "key in the address": (2, "no user, password or key", ["endpoint:http://a:hidden@127.0.0.1:9/v1#m"], {}),
     "no model": (2, "names no model", ["endpoint:http://127.0.0.1:9/v1"], {}),
     "file missing": (2, "does not exist", ["none.jsonl"], {}),
-    "unknown rules": (2, "no rules for the answers", [], {"dataset": "nothing"}),
-    "no rules": (2, "cannot be told", [], {"dataset": "null"}),
+    "unknown rules": (2, "no rule 'nothing'", [], {}, "eval.answers=nothing"),
+    "rules that find no answers": (2, "no answer by the rule 'text'", [], {}, "eval.answers=text"),
     "no mentor": (2, "no mentor", [], {"mentor": "null"}),
     "mentor missing": (2, "does not exist", [], {"mentor": "./none"}),
     "augmented missing": (2, "does not exist", [], {"augmented": "none.jsonl"}),
@@ -151,8 +161,9 @@ MISTAKES = {
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistakes(place, cli, tmp_path, name):
-    code, said, teacher, changes = MISTAKES[name]
-    found = cli(*command(place, teacher[0] if teacher else place / "teacher.jsonl", "-o", "out", **changes))
+    code, said, teacher, changes, *more = MISTAKES[name]
+    more = [word for setting in more for word in ("--set", setting)]
+    found = cli(*command(place, teacher[0] if teacher else place / "teacher.jsonl", "-o", "out", *more, **changes))
     assert found.code == code, found.err
     assert said in found.problem
     assert "hidden" not in found.err

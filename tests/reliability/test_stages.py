@@ -20,9 +20,11 @@ def stages(tmp_path_factory):
     given = ["distill", root / "teacher", "--method", "mentor-kd", "--student", root / "student"]
     given += ["--data", root / "data", "--max-steps", "3", "--batch-size", "4", "--set", "train.checkpoint_every=1"]
     values = {"mentor": root / "mentor", "mentor_epochs": 2, "n_teacher": 3, "n_keep": 0, "n_aug": 4}
-    values |= {"max_new_tokens": 16, "temperature": 1.0, "dataset": "commonsense_qa"}
+    values |= {"max_new_tokens": 16, "temperature": 1.0}
     given += [word for name, value in values.items() for word in ("--set", f"method.{name}={value}")]
-    return [str(word) for word in [*given, "--set", "eval.batch_size=8", *QUICK]]
+    return [
+        str(word) for word in [*given, "--set", "eval.batch_size=8", "--set", "eval.answers=commonsense_qa", *QUICK]
+    ]
 
 
 @pytest.fixture(scope="session")

@@ -72,6 +72,18 @@ def test_report_says_everything_and_draws_the_same_plots_twice(tmp_path, config,
     assert [path.read_bytes() for path in plots] == first
 
 
+def test_figures_of_generated_texts_have_a_plot_of_their_own(tmp_path, config, proof, history):
+    pytest.importorskip("matplotlib")
+    write_report(tmp_path / "before", proof, history, config, plots=True)
+    for entry in history[::2]:
+        entry["parts"] |= {"acceptance": 0.5, "teacher log-likelihood": -2.0}
+    write_report(tmp_path, proof, history, config, plots=True)
+    assert "(plots/texts.png)" in (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert (tmp_path / "plots" / "texts.png").is_file()
+    losses = [(folder / "plots" / "loss.png").read_bytes() for folder in (tmp_path, tmp_path / "before")]
+    assert losses[0] == losses[1], "they are no losses"
+
+
 def test_report_with_little_to_show(tmp_path, config, proof):
     proof.student.reliability = None
     config.command = "evaluate"

@@ -8,11 +8,11 @@ from kdtool.config import load_config
 from kdtool.data.chats import conversations
 from kdtool.data.examples import Examples
 from kdtool.errors import DataProblem
+from kdtool.metrics import ratio_and_error
 from kdtool.pipelines.distill import distill
 from kdtool.pipelines.setup import get_data
 from kdtool.registry import TASKS
 from kdtool.run import Run, Silent
-from kdtool.tasks._language import ratio_and_error
 from kdtool.tasks._prompts import pieces_of
 from tests import tiny
 from tests.kits import gradients, make_kit
@@ -308,4 +308,5 @@ def test_a_run_on_prompts(models, data, tmp_path):
         "eval.reload": False,
     }
     result = distill(load_config("distill", None, [], options))
-    assert set(result.proof.student.metrics) == {"loss", "perplexity", "token-accuracy"}
+    assert set(result.proof.student.metrics) == {"loss", "perplexity", "token-accuracy", "agreement"}
+    assert set(result.proof.teacher.metrics) == {"loss", "perplexity", "token-accuracy"}

@@ -1,0 +1,247 @@
+"""The loop over blocks of tokens."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdtool.generation._draws import Warp, accepted
+from kdtool.generation._scorers import Scorer
+
+_PLAIN = Warp()
+
+
+class StopStrings:
+    """Where a text ends because it holds one of some strings.
+
+    Args:
+        tokenizer: Turns ids into text; what it gives serves this test alone.
+        strings: The strings; the token that completes one belongs to the text.
+    """
+
+    def __init__(self, tokenizer: Any, strings: Sequence[str]) -> None:
+        self.tokenizer = tokenizer
+        self.strings = tuple(strings)
+
+    def _ended(self, ids: Sequence[int]) -> bool:
+        text = self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return any(string in text for string in self.strings)
+
+    def cut(self, ids: Sequence[int], known: int) -> int | None:
+        """How many of the generated `ids` belong to the text; None if no string is complete.
+
+        Args:
+            ids: A text so far.
+            known: Of so many ids it is known that they hold none.
+        """
+        if not self.strings or not self._ended(ids):
+            return None
+        return next((n for n in range(known + 1, len(ids)) if self._ended(ids[:n])), len(ids))
+
+
+@dataclass(slots=True)
+class Generated:
+    """Texts as token ids, right-padded.
+
+    Attributes:
+        tokens: [rows, longest], with `pad` after the end.
+        valid: [rows, longest] bool.
+        kept: [rows, longest] bool, whether the first proposal was emitted.
+        proposed: [rows, longest] what was proposed.
+        log_prob: [rows, longest] float64, the token's log-probability under the raw teacher, or under the writer
+            where it writes alone; 0 unless `Interleaving.scored`.
+    """
+
+    tokens: Tensor
+    valid: Tensor
+    kept: Tensor
+    proposed: Tensor
+    log_prob: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Interleaving:
+    """Settings of sampling.
+
+    Attributes:
+        k: Rank up to which the teacher accepts.
+        gamma: Tokens the student drafts before the teacher looks.
+        student: Distribution of proposals.
+        teacher: Distribution of replacements.
+        stop: Ids that end a text, and belong to it.
+        stop_strings: What else ends a text.
+        pad: Id behind the end.
+        expected_length: Tokens over which `k` falls to 1, block by block; 0 leaves it.
+        scored: Note log-probabilities.
+    """
+
+    k: int = 25
+    gamma: int = 5
+    student: Warp = _PLAIN
+    teacher: Warp = _PLAIN
+    stop: tuple[int, ...] = ()
+    stop_strings: StopStrings | None = None
+    pad: int = 0
+    expected_length: int = 0
+    scored: bool = False
+
+    def rank(self, block: int) -> int:
+        """K in a block, counted from 0: it falls after the first and then every max(E // k, 1) of them."""
+        if not self.expected_length or not block:
+            return self.k
+        times = (block - 1) // max(self.expected_length // self.k, 1) + 1
+        return max(1, self.k - times * max(math.ceil(self.k / self.expected_length), 1))
+
+
+@torch.no_grad()
+def generate(
+    student: Scorer,
+    teacher: Scorer | None,
+    ids: Tensor,
+    mask: Tensor,
+    uniform: Tensor,
+    settings: Interleaving,
+    limits: Tensor | None = None,
+) -> Generated:
+    """Sample from the student, repaired by the teacher where one is given.
+
+    Args:
+        student: Proposes.
+        teacher: Accepts or replaces; None accepts everything.
+        ids: Left-padded prompts [rows, n], each of at least one token.
+        mask: 1 for tokens, 0 for padding.
+        uniform: [rows, 2, length] as `uniforms` gives: proposals and replacements, by position; `length` is the
+            most that is generated.
+        settings: Sampling.
+        limits: [rows] the most that is generated in each row, at most `length`, which it is by default.
+    """
+    count, _, length = uniform.shape
+    if limits is None:
+        limits = torch.full((count,), length)
+    scorers = [scorer for scorer in (student, teacher) if scorer is not None]
+    for scorer in scorers:
+        scorer.begin(ids, mask)
+    writing = _Writing(ids, mask, uniform.to(ids.device), settings, limits.to(ids.device))
+    block = 0
+    while bool(writing.active.any()):
+        size = 1 if teacher is None else min(settings.gamma, writing.longest)
+        drafts, positions, scores = writing.draft(student, size)
+        if teacher is not None:
+            fed = torch.cat([writing.pending[:, None], drafts[:, :-1]], 1)
+            scores = teacher.feed(fed, positions)
+        emitted = writing.judge(drafts, scores, None if teacher is None else settings.rank(block))
+        for scorer in scorers:
+            scorer.keep(emitted, size)
+        left = writing.leave()
+        if left is not None:
+            for scorer in scorers:
+                scorer.select(left)
+        block += 1
+    return writing.result()
+
+
+class _Writing:
+    """Texts that are being written, and the rows still at work."""
+
+    def __init__(self, ids: Tensor, mask: Tensor, uniform: Tensor, settings: Interleaving, limits: Tensor) -> None:
+        count, _, length = uniform.shape
+        self.settings, self.uniform, self.limits = settings, uniform, limits
+        self.stop = torch.tensor(settings.stop, device=ids.device, dtype=ids.dtype)
+        self.tokens = torch.full((count, length), settings.pad, dtype=torch.long, device=ids.device)
+        self.valid = torch.zeros_like(self.tokens, dtype=torch.bool)
+        self.kept, self.proposed = self.valid.clone(), self.tokens.clone()
+        self.log_prob = torch.zeros_like(self.tokens, dtype=torch.float64)
+        self.rows = torch.arange(count, device=ids.device)
+        self.first = mask.sum(1) - 1  # position of the last prompt token
+        self.pending = ids[:, -1]  # the one token that no model has read
+        self.done = torch.zeros_like(self.first)
+        self.active = limits > 0
+
+    @property
+    def longest(self) -> int:
+        """The most that a row may still write."""
+        return int(((self.limits - self.done) * self.active).max())
+
+    def draft(self, student: Scorer, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Proposals [rows, size], the positions of what they follow, and the student's last logits [rows, 1, V]."""
+        ahead = torch.arange(size, device=self.rows.device)
+        # rows close to their limit draft beyond it in vain: their last place stands for those behind it
+        at = torch.minimum(self.done[:, None] + ahead, (self.limits - 1).clamp_min(0)[:, None])
+        positions = self.first[:, None] + at
+        token, found = self.pending, []
+        for step in range(size):
+            scores = student.feed(token[:, None], positions[:, step : step + 1])
+            token = self.settings.student.draw(scores[:, 0], self.uniform[self.rows, 0, at[:, step]])
+            found.append(token)
+        return torch.stack(found, 1), positions, scores
+
+    def judge(self, drafts: Tensor, scores: Tensor, k: int | None) -> Tensor:
+        """Write what the teacher lets pass and its first replacement; how much that is, [rows].
+
+        Args:
+            drafts: [rows, size]
+            scores: Logits [rows, size, vocabulary] that judge, and that log-probabilities are of.
+            k: Rank up to which a token passes; None lets everything pass.
+        """
+        size = drafts.shape[1]
+        good = torch.ones_like(drafts, dtype=torch.bool) if k is None else accepted(scores, drafts, k)
+        room = torch.where(self.active, self.limits - self.done, 0)
+        passed = good.long().cumprod(1).sum(1)
+        tokens = drafts.clone()
+        bad = (passed < torch.clamp_max(room, size)).nonzero()[:, 0]
+        if len(bad):
+            place = passed[bad]
+            uniform = self.uniform[self.rows[bad], 1, self.done[bad] + place]
+            tokens[bad, place] = self.settings.teacher.draw(scores[bad, place], uniform)
+        emitted = torch.minimum((passed + 1).clamp_max(size), room)
+        columns = torch.arange(size, device=drafts.device)
+        ends = torch.isin(tokens, self.stop)
+        emitted = torch.minimum(emitted, ends.long().cummax(1).values.eq(0).sum(1) + 1)
+        row, column = (columns < emitted[:, None]).nonzero(as_tuple=True)
+        where = (self.rows[row], self.done[row] + column)
+        self.tokens[where] = tokens[row, column]
+        stopped = (ends & (columns < emitted[:, None])).any(1)
+        if self.settings.stop_strings is not None:
+            emitted, stopped = self._cut(emitted, stopped, self.settings.stop_strings)
+            row, column = (columns < emitted[:, None]).nonzero(as_tuple=True)
+            where = (self.rows[row], self.done[row] + column)
+        self.valid[where], self.kept[where] = True, good[row, column]
+        self.proposed[where] = drafts[row, column]
+        if self.settings.scored:
+            raw = scores[row, column].double()
+            self.log_prob[where] = raw.log_softmax(-1).gather(1, tokens[row, column, None])[:, 0]
+        last = tokens.gather(1, (emitted - 1).clamp_min(0)[:, None])[:, 0]
+        self.pending = torch.where(emitted > 0, last, self.pending)
+        self.done = self.done + emitted
+        self.active = self.active & ~stopped & (self.done < self.limits)
+        return emitted
+
+    def _cut(self, emitted: Tensor, stopped: Tensor, strings: StopStrings) -> tuple[Tensor, Tensor]:
+        """Rows that hold a stop string end with the token that completes it."""
+        emitted, stopped = emitted.clone(), stopped.clone()
+        for i in emitted.nonzero()[:, 0].tolist():
+            known, most = int(self.done[i]), int(self.done[i] + emitted[i])
+            end = strings.cut(self.tokens[self.rows[i], :most].tolist(), known)
+            if end is not None:
+                self.tokens[self.rows[i], end:most] = self.settings.pad
+                emitted[i], stopped[i] = end - known, True
+        return emitted, stopped
+
+    def leave(self) -> Tensor | None:
+        """Drop rows that are done once they are half of those at work; which stay, or None for all."""
+        working = int(self.active.sum())
+        if not working or 2 * working > len(self.rows):
+            return None
+        stay = self.active.nonzero()[:, 0]
+        for name in ("rows", "first", "pending", "done", "limits", "active"):
+            setattr(self, name, getattr(self, name)[stay])
+        return stay
+
+    def result(self) -> Generated:
+        """All texts, cut to the longest."""
+        longest = int(self.valid.any(0).sum())
+        parts = (self.tokens, self.valid, self.kept, self.proposed, self.log_prob)
+        return Generated(*(value[:, :longest] for value in parts))
