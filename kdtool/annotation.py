@@ -129,6 +129,16 @@ def augment(
     return written(folder / "augmented.jsonl", author, orders, style, judge)
 
 
+def respond(folder: Path, author: Callable[[], Author], prompts: Sequence[str], style: Style) -> list[Row]:
+    """One answer to each prompt, for learning from them as they are; `responses.jsonl`."""
+    orders = [Order(prompt, ((number, 0),)) for number, prompt in enumerate(prompts)]
+
+    def make(key: Key, text: str) -> Row:
+        return {"prompt": prompts[key[0]], "response": text.strip()}
+
+    return written(folder / "responses.jsonl", author, orders, style, make)
+
+
 def _judged(question: Question, chain: str, prediction: str, rule: str) -> Row:
     """The record of a rationale, with the gold answer."""
     right = bool(chain.strip()) and agrees(prediction, question.answer, rule)

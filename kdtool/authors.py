@@ -13,9 +13,19 @@ import torch
 
 from kdtool.endpoint import Ask, EndpointRef, Sampling
 from kdtool.errors import ModelProblem
-from kdtool.generation import CachedModel, Interleaving, Warp, generate, uniforms
+from kdtool.generation import (
+    CachedModel,
+    EncoderDecoder,
+    Interleaving,
+    Scorer,
+    StopStrings,
+    Warp,
+    generate,
+    uniforms,
+)
 from kdtool.models import Loaded, weights_hash
 from kdtool.run import Run
+from kdtool.tasks._text import padding_id
 
 Key = tuple[int, ...]
 """Names a text: number of the question, number of the sample."""
@@ -158,26 +168,35 @@ class LocalAuthor:
         """Texts of a batch of (prompt, key)."""
         tokenizer = self.loaded.processor
         longest = max(len(ids) for ids, _ in rows)
-        pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
-        ids = torch.full((len(rows), longest), int(pad))
+        ids = torch.full((len(rows), longest), padding_id(tokenizer))
         mask = torch.zeros_like(ids)
         for row, (own, _) in enumerate(rows):
             ids[row, longest - len(own) :] = torch.tensor(own)
             mask[row, longest - len(own) :] = 1
-        limit = getattr(model.config, "max_position_embeddings", None) or math.inf
-        length = int(min(style.max_tokens, limit - longest))
-        uniform = uniforms([[style.seed, *key] for _, key in rows], length)
+        scorer, room = self._scorer(model)
+        limits = torch.tensor([int(min(style.max_tokens, room - len(own))) for own, _ in rows])
+        uniform = uniforms([[style.seed, *key] for _, key in rows], int(limits.max()))
         end = tokenizer.eos_token_id
         settings = Interleaving(
-            student=Warp(style.temperature, style.top_p), stop=() if end is None else (int(end),), pad=int(pad)
+            student=Warp(style.temperature, style.top_p),
+            stop=() if end is None else (int(end),),
+            stop_strings=StopStrings(tokenizer, style.stop) if style.stop else None,
+            pad=padding_id(tokenizer),
         )
-        scorer = CachedModel(model, min(len(tokenizer), model.get_output_embeddings().weight.shape[0]))
         device = self.run.device
-        out = generate(scorer, None, ids.to(device), mask.to(device), uniform, settings)
+        out = generate(scorer, None, ids.to(device), mask.to(device), uniform, settings, limits)
         return [
             cut(tokenizer.decode(tokens[valid].tolist(), skip_special_tokens=True), style.stop)
             for tokens, valid in zip(out.tokens.cpu(), out.valid.cpu(), strict=True)
         ]
+
+    def _scorer(self, model: Any) -> tuple[Scorer, float]:
+        """What writes, and the positions that prompt and text share."""
+        vocabulary = min(len(self.loaded.processor), len(model.get_output_embeddings().weight))
+        if model.config.is_encoder_decoder:
+            start = model.generation_config.decoder_start_token_id
+            return EncoderDecoder(model, int(start), vocabulary), math.inf
+        return CachedModel(model, vocabulary), getattr(model.config, "max_position_embeddings", None) or math.inf
 
 
 def cut(text: str, stop: Sequence[str]) -> str:

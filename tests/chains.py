@@ -85,3 +85,28 @@ def solver(prompt: str, number: int) -> str:
     if prompt.endswith("the answer is"):
         return f" {answer + ('guess' in prompt)}."
     return f" I guess {answer + 1}." if number % 2 else f" Count on to {answer} --> done."
+
+
+def encoder_decoder(folder: Path, seed: int = 1) -> Path:
+    """A model whose encoder reads bytes and whose decoder writes them, of random weights."""
+    size = save_byte_tokenizer(folder)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = transformers.T5ForConditionalGeneration(
+            transformers.T5Config(
+                vocab_size=size,
+                d_model=16,
+                d_kv=8,
+                d_ff=32,
+                num_layers=1,
+                num_heads=2,
+                pad_token_id=0,
+                eos_token_id=2,
+                decoder_start_token_id=0,
+                feed_forward_proj="gated-gelu",
+                tie_word_embeddings=False,
+            )
+        )
+        torch.nn.init.normal_(model.lm_head.weight, std=0.3)
+    model.save_pretrained(folder)
+    return folder

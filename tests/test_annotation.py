@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import transformers
 
 from kdtool import annotation
 from kdtool.authors import EndpointAuthor, LocalAuthor, Order, Style, cut
@@ -68,6 +69,22 @@ def test_a_text_depends_on_its_key_and_not_on_what_was_known_before(model):
     assert other != whole
     greedy = write(author, orders(), Style(3, 0.0, max_tokens=6))
     assert all(greedy[i, 0] == greedy[i, 1] for i in range(7))
+
+
+def test_an_encoder_decoder_writes_what_transformers_lets_it_write(tmp_path):
+    folder = chains.encoder_decoder(tmp_path)
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    author = LocalAuthor(Loaded(model, tokenizer, "t5"), Run(), batch_size=6)
+    whole = write(author, orders(), Style(3, 0.9, max_tokens=6))
+    assert len(set(whole.values())) > 15
+    alone = LocalAuthor(Loaded(model, tokenizer, "t5"), Run(), batch_size=1)
+    assert write(alone, orders(), Style(3, 0.9, max_tokens=6)) == whole
+    greedy = write(author, orders(), Style(temperature=0.0, max_tokens=6))
+    for order in orders():
+        given = tokenizer("<s>" + order.prompt, return_tensors="pt")
+        ids = model.generate(**given, max_new_tokens=6, do_sample=False)
+        assert greedy[order.keys[0]] == tokenizer.decode(ids[0], skip_special_tokens=True)
 
 
 def test_a_long_prompt_is_refused(model):

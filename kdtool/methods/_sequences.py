@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from kdtool.data.examples import Examples
-from kdtool.divergences import Divergence, compare, head_of
+from kdtool.divergences import Divergence, Head, compare, head_of
 from kdtool.errors import TrainingProblem
 from kdtool.generation import CachedModel, Generated, Interleaving, Scorer, StopStrings, Warp, generate, uniforms
 from kdtool.methods import _base

@@ -15,10 +15,10 @@ from pydantic import Field
 from torch import Tensor
 
 from kdtool.data.examples import Examples
-from kdtool.divergences import Divergence, compare
+from kdtool.divergences import Divergence, compare, head_of
 from kdtool.generation import uniforms
 from kdtool.methods import _base, _sequences
-from kdtool.methods._sequences import Text, head_of
+from kdtool.methods._sequences import Text
 from kdtool.models import Loaded
 from kdtool.tasks._base import ROWS, Batch, Task, to_device
 from kdtool.train.parallel import gather_units

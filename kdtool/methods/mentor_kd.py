@@ -7,7 +7,7 @@ L = (1 - lambda) CE + lambda KL(softmax(m/T) || softmax(s/T)), means over the to
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -101,7 +101,7 @@ class Method(_base.Method):
         if work.run.rank == 0:
             write_bytes(work.folder / "train.jsonl", as_lines(rows))
         train = annotation.as_examples(rows)
-        return DataSplits(train, data.validation, data.test, data.labels, data.roles, data.provenance)
+        return replace(data, train=train)
 
     def _annotations(self, questions: list[Question], rule: str, style: Style, work: _base.Work) -> list[Row]:
         """Stage annotate: rationales of the teacher."""

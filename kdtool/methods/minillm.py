@@ -21,10 +21,11 @@ from torch import Tensor
 from kdtool.config import RunConfig
 from kdtool.data.examples import Examples
 from kdtool.data.sources import load_data
+from kdtool.divergences import head_of
 from kdtool.generation import Mixture, Scorer, uniforms
 from kdtool.methods import _base, _sequences
 from kdtool.methods._policy import log_probs, pieces
-from kdtool.methods._sequences import Text, head_of
+from kdtool.methods._sequences import Text
 from kdtool.models import Loaded
 from kdtool.run import Run
 from kdtool.tasks._base import LABELS, ROWS, Batch, Task

@@ -180,6 +180,23 @@ def test_gold_answers_must_be_there(place, cli, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_seqkd_learns_what_an_endpoint_answers(place, server, cli, tmp_path):
+    server.write = lambda prompt, number: f" Surely {prompt.split('is ')[1][0]}."
+    given = ["distill", server.reference, "--student", place / "student", "--method", "seqkd", "--data", place / "data"]
+    found = cli(*given, "-o", "out", *FEW)
+    assert found.code == 0, found.err
+    rows = lines(tmp_path / "out" / "data" / "responses.jsonl")
+    assert rows[3]["prompt"] == "What is 1 and 0?\n"
+    assert rows[3]["response"] == "Surely 1."
+    assert rows[3]["provenance"]["endpoint"] == server.url
+    assert {asked["prompt"] for asked in server.asked} == {row["prompt"] for row in rows}
+    plain = cli(*given, "-o", "chat", *FEW, "--set", "method.chat=true", "--set", "method.stop_strings=['.']")
+    assert plain.code == 0, plain.err
+    assert server.asked[-1]["messages"][0]["content"].endswith("?")
+    assert server.asked[-1]["stop"] == ["."]
+    assert "this is a file" in cli(*given[:1], place / "teacher.jsonl", *given[2:], "-o", "file").problem
+
+
 def test_other_methods_refuse_a_teacher_that_only_writes(place, cli):
     for teacher, what in (("endpoint:http://127.0.0.1:9/v1#m", "an endpoint"), (place / "teacher.jsonl", "a file")):
         given = ["distill", teacher, "--student", place / "student", "--method", "kd", "--data", place / "data"]
