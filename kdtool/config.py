@@ -107,6 +107,8 @@ class DataSection(Section):
     """Put prompts and responses into the tokenizer's chat template, as conversations are."""
     long_prompts: Literal["drop", "cut"] = "drop"
     """Prompts that leave no room for a response: leave the row out, or cut the prompt on the left."""
+    mask_share: float = Field(0.15, gt=0, lt=1)
+    """Share of the tokens of a text that masked-lm hides, at least one."""
     packing: bool | None = None
     """Put several rows of a causal language model side by side, apart from each other (default: where it can be)."""
     label: str | None = None

@@ -14,6 +14,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
 from kdtool.errors import ModelProblem
 from kdtool.hub import ModelRef, fetch_model
@@ -358,6 +359,7 @@ def auto_class_of(values: dict[str, Any]) -> str:
         "ForAudioClassification": "AutoModelForAudioClassification",
         "ForCausalLM": "AutoModelForCausalLM",
         "LMHeadModel": "AutoModelForCausalLM",
+        "ForMaskedLM": "AutoModelForMaskedLM",
         "SentenceClassifier": "AutoModelForSequenceClassification",
     }
     for name in values.get("architectures") or []:
@@ -367,6 +369,9 @@ def auto_class_of(values: dict[str, Any]) -> str:
                 if auto == "AutoModelForSequenceClassification" and values.get("model_type") in _AUDIO:
                     return "AutoModelForAudioClassification"
                 return auto
+        if name in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values():
+            # the ending ForConditionalGeneration is also that of models of images and speech
+            return "AutoModel" if values.get("model_type") in _AUDIO else "AutoModelForSeq2SeqLM"
     return "AutoModel"
 
 

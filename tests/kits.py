@@ -22,6 +22,8 @@ PARTS = {
     "audio-classification": ("wav2vec", "wav2vec-small", "audio"),
     "tabular-classification": ("tabular", "tabular-small", "table"),
     "causal-lm": ("llama", "llama-small", "plain"),
+    "seq2seq-lm": ("t5", "t5-small", "prompts"),
+    "masked-lm": ("masked", "masked-small", "plain"),
 }
 """Task to teacher, student (see `models` in conftest) and data."""
 

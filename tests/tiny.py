@@ -56,6 +56,22 @@ def save_bert_tokenizer(folder: Path, reverse: bool = False) -> None:
     ).save_pretrained(folder)
 
 
+def save_marked_tokenizer(folder: Path) -> None:
+    """A word-level tokenizer for masked words, A [SEP] with a mask token, and for encoders with decoders."""
+    vocabulary = {**_vocabulary(False), "[MASK]": len(_vocabulary(False))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A [SEP]", special_tokens=[("[SEP]", 3)])
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        eos_token="[SEP]",
+        mask_token="[MASK]",
+        model_max_length=32,
+    ).save_pretrained(folder)
+
+
 def save_lm_tokenizer(folder: Path) -> None:
     """A word-level tokenizer with a beginning-of-sequence token and no padding token."""
     tokenizer = Tokenizer(models.WordLevel(_vocabulary(False), unk_token="[UNK]"))
@@ -202,6 +218,31 @@ def llama(folder: Path, layers: int = 4, seed: int = 1) -> Path:
         pad_token_id=None,
     )
     return _save(config, "AutoModelForCausalLM", folder, seed)
+
+
+def t5(folder: Path, layers: int = 2, seed: int = 1) -> Path:
+    """An encoder with a decoder."""
+    save_marked_tokenizer(folder)
+    config = transformers.T5Config(
+        vocab_size=len(_vocabulary(False)) + 1,
+        d_model=WIDTH,
+        d_kv=WIDTH // 2,
+        d_ff=2 * WIDTH,
+        num_layers=layers,
+        num_heads=2,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+        eos_token_id=3,
+    )
+    return _save(config, "AutoModelForSeq2SeqLM", folder, seed)
+
+
+def masked_bert(folder: Path, layers: int = 4, seed: int = 1) -> Path:
+    """A masked language model."""
+    save_marked_tokenizer(folder)
+    config = bert_config(layers)
+    config.vocab_size += 1
+    return _save(config, "AutoModelForMaskedLM", folder, seed)
 
 
 def sentence(kind: str, generator: np.random.Generator) -> str:

@@ -68,7 +68,15 @@ class Method(_terms.TermMethod):
     paper: ClassVar[str] = "the terms' own papers"
     golden: ClassVar[str] = "checked against the sum of its terms in tests/methods/test_combine.py"
     tasks: ClassVar[frozenset[str]] = frozenset(
-        {"text-classification", "image-classification", "audio-classification", "tabular-classification", "causal-lm"}
+        {
+            "text-classification",
+            "image-classification",
+            "audio-classification",
+            "tabular-classification",
+            "causal-lm",
+            "seq2seq-lm",
+            "masked-lm",
+        }
     )
     mixes: ClassVar[bool] = True
 

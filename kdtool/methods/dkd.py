@@ -66,7 +66,15 @@ class Method(_terms.TermMethod):
 
     paper: ClassVar[str] = "Zhao et al.: Decoupled Knowledge Distillation, 2022, arXiv:2203.08679"
     tasks: ClassVar[frozenset[str]] = frozenset(
-        {"text-classification", "image-classification", "audio-classification", "tabular-classification", "causal-lm"}
+        {
+            "text-classification",
+            "image-classification",
+            "audio-classification",
+            "tabular-classification",
+            "causal-lm",
+            "seq2seq-lm",
+            "masked-lm",
+        }
     )
     mixes: ClassVar[bool] = True
 

@@ -32,7 +32,15 @@ class Method(_terms.TermMethod):
 
     paper: ClassVar[str] = "Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, 2015, arXiv:1503.02531"
     tasks: ClassVar[frozenset[str]] = frozenset(
-        {"text-classification", "image-classification", "audio-classification", "tabular-classification", "causal-lm"}
+        {
+            "text-classification",
+            "image-classification",
+            "audio-classification",
+            "tabular-classification",
+            "causal-lm",
+            "seq2seq-lm",
+            "masked-lm",
+        }
     )
     mixes: ClassVar[bool] = True
 

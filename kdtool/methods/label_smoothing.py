@@ -28,7 +28,15 @@ class Method(_base.Method):
         "Szegedy et al.: Rethinking the Inception Architecture for Computer Vision, 2016, section 7, arXiv:1512.00567"
     )
     tasks: ClassVar[frozenset[str]] = frozenset(
-        {"text-classification", "image-classification", "audio-classification", "tabular-classification", "causal-lm"}
+        {
+            "text-classification",
+            "image-classification",
+            "audio-classification",
+            "tabular-classification",
+            "causal-lm",
+            "seq2seq-lm",
+            "masked-lm",
+        }
     )
     mixes: ClassVar[bool] = True
     teachers: ClassVar[tuple[int, int]] = (0, 1)

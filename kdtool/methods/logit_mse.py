@@ -27,7 +27,15 @@ class Method(_terms.TermMethod):
 
     paper: ClassVar[str] = "Ba, Caruana: Do Deep Nets Really Need to be Deep?, 2014, arXiv:1312.6184"
     tasks: ClassVar[frozenset[str]] = frozenset(
-        {"text-classification", "image-classification", "audio-classification", "tabular-classification", "causal-lm"}
+        {
+            "text-classification",
+            "image-classification",
+            "audio-classification",
+            "tabular-classification",
+            "causal-lm",
+            "seq2seq-lm",
+            "masked-lm",
+        }
     )
     mixes: ClassVar[bool] = True
     golden: ClassVar[str] = "no published code to record: checked against its formula in tests/test_divergences.py"

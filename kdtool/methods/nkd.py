@@ -64,7 +64,15 @@ class Method(_terms.TermMethod):
         "Loss and Customized Soft Labels, 2023, arXiv:2303.13005"
     )
     tasks: ClassVar[frozenset[str]] = frozenset(
-        {"text-classification", "image-classification", "audio-classification", "tabular-classification", "causal-lm"}
+        {
+            "text-classification",
+            "image-classification",
+            "audio-classification",
+            "tabular-classification",
+            "causal-lm",
+            "seq2seq-lm",
+            "masked-lm",
+        }
     )
     mixes: ClassVar[bool] = True
     minimum: ClassVar[str] = "a cross-entropy: a student equal to its teacher is left with the teacher's entropy"

@@ -23,7 +23,15 @@ class Method(_base.Method):
 
     paper: ClassVar[str] = "no teacher"
     tasks: ClassVar[frozenset[str]] = frozenset(
-        {"text-classification", "image-classification", "audio-classification", "tabular-classification", "causal-lm"}
+        {
+            "text-classification",
+            "image-classification",
+            "audio-classification",
+            "tabular-classification",
+            "causal-lm",
+            "seq2seq-lm",
+            "masked-lm",
+        }
     )
     mixes: ClassVar[bool] = True
     teachers: ClassVar[tuple[int, int]] = (0, 1)

@@ -87,7 +87,15 @@ class Method(_terms.TermMethod):
         "Cui et al.: Sinkhorn Distance Minimization for Knowledge Distillation, 2024, arXiv:2402.17110"
     )
     tasks: ClassVar[frozenset[str]] = frozenset(
-        {"text-classification", "image-classification", "audio-classification", "tabular-classification", "causal-lm"}
+        {
+            "text-classification",
+            "image-classification",
+            "audio-classification",
+            "tabular-classification",
+            "causal-lm",
+            "seq2seq-lm",
+            "masked-lm",
+        }
     )
     mixes: ClassVar[bool] = True
     batchwise: ClassVar[bool] = True

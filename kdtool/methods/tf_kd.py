@@ -76,7 +76,15 @@ class Method(_terms.TermMethod):
         "Yuan et al.: Revisiting Knowledge Distillation via Label Smoothing Regularization, 2020, arXiv:1909.11723"
     )
     tasks: ClassVar[frozenset[str]] = frozenset(
-        {"text-classification", "image-classification", "audio-classification", "tabular-classification", "causal-lm"}
+        {
+            "text-classification",
+            "image-classification",
+            "audio-classification",
+            "tabular-classification",
+            "causal-lm",
+            "seq2seq-lm",
+            "masked-lm",
+        }
     )
     mixes: ClassVar[bool] = True
     teachers: ClassVar[tuple[int, int]] = (0, 1)

@@ -60,7 +60,15 @@ class Method(_terms.TermMethod):
         "arXiv:2102.00650"
     )
     tasks: ClassVar[frozenset[str]] = frozenset(
-        {"text-classification", "image-classification", "audio-classification", "tabular-classification", "causal-lm"}
+        {
+            "text-classification",
+            "image-classification",
+            "audio-classification",
+            "tabular-classification",
+            "causal-lm",
+            "seq2seq-lm",
+            "masked-lm",
+        }
     )
     mixes: ClassVar[bool] = True
     minimum: ClassVar[str] = "a cross-entropy: a student equal to its teacher is left with the teacher's entropy"

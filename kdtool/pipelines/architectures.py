@@ -11,6 +11,8 @@ _OURS = {
     "image-classification": "image-classification",
     "audio-classification": "audio-classification",
     "text-generation": "causal-lm",
+    "text2text-generation": "seq2seq-lm",
+    "fill-mask": "masked-lm",
 }
 """optimum's word to kdtool's."""
 

@@ -28,7 +28,7 @@ from kdtool.report import write_manifest, write_report
 from kdtool.run import Run
 from kdtool.saving import save_model
 from kdtool.tasks._base import TEACHER_PREFIX, Task
-from kdtool.tasks._views import PIXELS, Views
+from kdtool.tasks._views import PIXELS, ImageViews, Views
 from kdtool.teacher_cache import TeacherCache, fingerprint, is_of_another_run
 from kdtool.train import parallel
 from kdtool.train.loop import History, Trainer
@@ -148,14 +148,15 @@ def make_views(
         UsageProblem: the rows are no images, or an extra is missing.
     """
     if not config.augment.active or rows is None:
-        return None
+        found: Views | None = None if rows is None else task.views(rows, config.augment)
+        return found
     if task.name != "image-classification":
         raise UsageProblem(f"augment.* alters images, and {task.name} has none", hint="leave the section out")
     processors = {"": student.processor}
     other = f"{TEACHER_PREFIX}0."
     if teacher is not None and other + PIXELS in rows.columns:
         processors[other] = teacher.processor
-    return Views(task, rows, config.augment, processors, len(student.labels or []))
+    return ImageViews(task, rows, config.augment, processors, len(student.labels or []))
 
 
 def attach_cache(trainer: Trainer, ready: Ready, config: RunConfig, run: Run, default: Path) -> None:

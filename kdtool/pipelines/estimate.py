@@ -15,7 +15,7 @@ from torch import nn
 
 from kdtool.config import RunConfig
 from kdtool.data.examples import Examples
-from kdtool.registry import METHODS
+from kdtool.registry import METHODS, TASKS
 from kdtool.run import Run
 from kdtool.tasks._base import Task
 
@@ -158,7 +158,11 @@ def _activations(config: RunConfig, run: Run, student: Size, tokens: tuple[float
     units = config.train.batch_size * tokens[1]
     kept = units * student.width * student.layers * _VALUES_PER_LAYER * each
     # a language model's logits, their softmax and their gradient, for student and teacher
-    return kept + (4 * 4 * units * student.classes if config.data.task == "causal-lm" else 0)
+    return kept + (4 * 4 * units * student.classes if _predicts_tokens(config) else 0)
+
+
+def _predicts_tokens(config: RunConfig) -> bool:
+    return config.data.task is not None and not TASKS.info(config.data.task).facts.get("classifies", True)
 
 
 def _reads(config: RunConfig) -> bool:
@@ -171,7 +175,7 @@ def _cache_bytes(config: RunConfig, teacher: Size | None, tokens: tuple[float, i
         return 0
     if config.augment.active and not config.augment.views:
         return 0  # each epoch has views of its own
-    units = tokens[2] * (tokens[1] - 1 if config.data.task == "causal-lm" else 1)
+    units = tokens[2] * (tokens[1] - 1 if _predicts_tokens(config) else 1)
     size = 4 * units * teacher.classes * _views(config)
     return size if size <= config.train.teacher_cache_limit * 2**20 else 0
 

@@ -34,7 +34,7 @@ def _check_metric(name: str, task: Task, config: RunConfig) -> None:
     Raises:
         UsageProblem: unknown, of another kind of task, in want of a teacher or of a library.
     """
-    fitting = ("logits", "models") if task.classifies else ("texts", "models")
+    fitting = ("logits",) * task.classifies + ("texts",) * task.writes + ("models",)
     known = [*(n for n in task.metrics if not compared(n)), *(n for n in METRICS.names() if compared(n) in fitting)]
     if task.classifies:
         METRICS.check(name.replace("_", "-"))

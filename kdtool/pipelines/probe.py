@@ -57,6 +57,8 @@ def _made(task: Task, loaded: Loaded, seed: int) -> Examples:
     if "text" in task.columns:
         # language models cut joined text into windows, so they need more of it
         columns["text"] = _TEXTS if task.classifies else [" ".join(_TEXTS)] * 64
+    if "prompt" in task.columns:
+        columns |= {"prompt": _TEXTS, "response": _TEXTS[::-1]}
     if "image" in task.columns:
         from PIL import Image
 

@@ -42,6 +42,8 @@ _TASK_OF_AUTO = {
     "AutoModelForImageClassification": "image-classification",
     "AutoModelForAudioClassification": "audio-classification",
     "AutoModelForCausalLM": "causal-lm",
+    "AutoModelForSeq2SeqLM": "seq2seq-lm",
+    "AutoModelForMaskedLM": "masked-lm",
 }
 _TABULAR = frozenset({"kdtool-tabular", "TabularClassifier", "SimKDForTabularClassification"})
 
@@ -136,6 +138,8 @@ def pick_task(config: RunConfig, reference: str | None, run: Run) -> Task:
         else:
             folder, _ = resolve(reference, run, _role(config, reference))
             name = _task_of(read_config(folder, reference))
+            if name == "masked-lm" and config.data.label is not None:
+                name = "text-classification"  # its body, with a new head
     if name is None:
         roles = [key for key in ("text", "image", "audio") if getattr(config.data, key)]
         guess = {"text": "text-classification", "image": "image-classification", "audio": "audio-classification"}

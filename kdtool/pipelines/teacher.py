@@ -127,7 +127,8 @@ def _train(config: RunConfig, task: Task, teacher: Loaded, rows: Examples, run: 
         lr=config.teacher.fine_tune_lr,
     )
     method = METHODS.get("none")(METHODS.build_config("none", {}), teacher, [], task)
-    Trainer(method, rows, settings, run, is_head_of(teacher.model)).train()
+    views = task.views(rows, config.augment)
+    Trainer(method, rows, settings, run, is_head_of(teacher.model), views=views).train()
 
 
 def fit_head(task: Task, teacher: Loaded, rows: Examples, run: Run) -> None:

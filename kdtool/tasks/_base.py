@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kdtool.config import RunConfig
+from kdtool.config import AugmentSection, RunConfig
 from kdtool.data.examples import Examples
 from kdtool.divergences import Head
 from kdtool.models import Loaded
@@ -103,6 +103,8 @@ class Task:
     metrics: ClassVar[tuple[str, ...]]
     """Default metrics; the first is the main one."""
     default_lr: ClassVar[float] = 1e-4
+    writes: ClassVar[bool] = False
+    """True if models of this task write texts, which metrics can compare."""
     classifies: ClassVar[bool] = True
     """True if units are examples with one class each."""
 
@@ -125,6 +127,10 @@ class Task:
             prefix: Empty for the student, `teacherN.` for a teacher with a processor of its own.
         """
         raise NotImplementedError
+
+    def views(self, rows: Examples, settings: AugmentSection) -> Any:
+        """What makes training rows of this task differ from epoch to epoch, a `kdtool.tasks._views.Views`, or None."""
+        return None
 
     def packed(self, rows: Examples, models: Sequence[nn.Module]) -> Examples | None:
         """Encoded training rows that `collate` puts side by side, for models that keep them apart.

@@ -32,6 +32,7 @@ class LanguageTask(_base.Task):
 
     metrics: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "token-accuracy", "agreement")
     default_lr: ClassVar[float] = 5e-4
+    writes: ClassVar[bool] = True
     classifies: ClassVar[bool] = False
 
     def units(self, batch: Batch) -> Tensor:

@@ -135,16 +135,15 @@ def pieces_of(rows: Examples, tokenizer: Any, settings: DataSection) -> tuple[li
         raise DataProblem("the tokenizer has no chat template", hint="leave data.chat_template out")
     begin = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
     if plain and not settings.chat_template:
-        asked = _asked(rows, settings.separator)
-        answers = rows.columns["response"]
+        prompts, answers = asked(rows, settings.separator), rows.columns["response"]
         return [
             [Piece(_apart(prompt, settings.separator), False), Piece(response, True, True)]
-            for prompt, response in zip(asked, answers, strict=True)
+            for prompt, response in zip(prompts, answers, strict=True)
         ], begin
     if not has_template:
         return [_plain_chat(messages) for messages in rows.columns["messages"]], begin
     if plain:
-        pairs = zip(_asked(rows, settings.separator), rows.columns["response"], strict=True)
+        pairs = zip(asked(rows, settings.separator), rows.columns["response"], strict=True)
         talks = [[_message("user", prompt), _message(ANSWERS, response)] for prompt, response in pairs]
     else:
         talks = list(rows.columns["messages"])
@@ -169,7 +168,7 @@ def _apart(text: str, separator: str) -> str:
     return text if not text or text[-1].isspace() else text + separator
 
 
-def _asked(rows: Examples, separator: str) -> list[str]:
+def asked(rows: Examples, separator: str) -> list[str]:
     """Prompts, each with its input where there is one."""
     prompts = list(rows.columns["prompt"])
     if "input" not in rows.columns:

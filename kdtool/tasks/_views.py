@@ -145,7 +145,33 @@ class Look:
 
 
 class Views:
-    """Makes batches of altered training rows.
+    """Makes batches of training rows that are not the same in every epoch.
+
+    Args:
+        data: Encoded training rows.
+        settings: How many views there are, and their seed.
+    """
+
+    def __init__(self, data: Examples, settings: AugmentSection) -> None:
+        self.data, self.settings = data, settings
+
+    @property
+    def count(self) -> int:
+        """Views of each row; 0 if each epoch has its own."""
+        return self.settings.views
+
+    def numbers(self, rows: Sequence[int] | np.ndarray, epoch: int) -> np.ndarray:
+        """Numbers [batch] int64 of the views of some rows that belong to an epoch."""
+        view = epoch % self.count if self.count else epoch
+        return np.asarray(rows, dtype=np.int64) + view * len(self.data)
+
+    def batch(self, numbers: np.ndarray, device: str) -> Batch:
+        """The views with these numbers, collated."""
+        raise NotImplementedError
+
+
+class ImageViews(Views):
+    """Makes batches of altered images.
 
     Args:
         task: Collates rows.
@@ -161,7 +187,8 @@ class Views:
     def __init__(
         self, task: Task, data: Examples, settings: AugmentSection, processors: Mapping[str, Any], classes: int
     ) -> None:
-        self.task, self.data, self.settings, self.classes = task, data, settings, classes
+        super().__init__(data, settings)
+        self.task, self.classes = task, classes
         self.looks = {
             prefix: Look.of(processor, len(data.columns[prefix + PIXELS][0]))
             for prefix, processor in processors.items()
@@ -174,16 +201,6 @@ class Views:
                     "augment.randaugment needs kornia", why=str(error), hint="pip install 'kdtool[augment]'"
                 ) from None
             self.operate = _randaugment.operate
-
-    @property
-    def count(self) -> int:
-        """Views of each row; 0 if each epoch has its own."""
-        return self.settings.views
-
-    def numbers(self, rows: Sequence[int] | np.ndarray, epoch: int) -> np.ndarray:
-        """Numbers [batch] int64 of the views of some rows that belong to an epoch."""
-        view = epoch % self.count if self.count else epoch
-        return np.asarray(rows, dtype=np.int64) + view * len(self.data)
 
     def batch(self, numbers: np.ndarray, device: str) -> Batch:
         """The views with these numbers, collated; labels are [batch, classes] probabilities where images are mixed."""

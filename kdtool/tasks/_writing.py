@@ -15,10 +15,11 @@ import transformers
 from torch import Tensor, nn
 
 from kdtool.data.batching import ordered_batches
+from kdtool.errors import ModelProblem
 from kdtool.run import Run
 from kdtool.tasks._text import padding_id
 
-_KEPT = ("decoder_start_token_id", "bos_token_id", "forced_bos_token_id", "forced_decoder_ids")
+_KEPT = ("bos_token_id", "forced_bos_token_id", "forced_decoder_ids")
 """What of a model's own settings belongs to its form; penalties, beams and sampling do not."""
 
 
@@ -68,7 +69,8 @@ def write(
     rooms = _rooms(anything, prompts, settings.longest, causal)
     texts = [""] * len(prompts)
     done, before = 0, anything.generation_config
-    anything.generation_config = _greedy(before, tokenizer, ends)
+    start = None if causal else decoder_start(anything)
+    anything.generation_config = _greedy(before, tokenizer, ends, start)
     model.eval()
     try:
         for room, chosen in _batches(prompts, rooms, batch_size):
@@ -101,6 +103,22 @@ def _rooms(model: Any, prompts: Sequence[np.ndarray], longest: int, causal: bool
     return np.where(lengths > 0, rooms, 0)
 
 
+def decoder_start(model: Any) -> int:
+    """Id of the token that a decoder begins with.
+
+    Raises:
+        ModelProblem: neither the configuration nor the settings of generation name one.
+    """
+    for place in (model.config, model.generation_config):
+        value = getattr(place, "decoder_start_token_id", None)
+        if value is not None:
+            return int(value)
+    raise ModelProblem(
+        f"{type(model).__name__} does not say what its decoder begins with",
+        hint='add "decoder_start_token_id" to its config.json (the padding token of T5)',
+    )
+
+
 def _ends(model: Any, tokenizer: Any) -> list[int]:
     """Ids that end a text: the tokenizer's, and those the model names, such as the end of a turn."""
     named = model.generation_config.eos_token_id
@@ -108,12 +126,11 @@ def _ends(model: Any, tokenizer: Any) -> list[int]:
     return list(dict.fromkeys(int(value) for value in found if value is not None))
 
 
-def _greedy(before: Any, tokenizer: Any, ends: Sequence[int]) -> Any:
+def _greedy(before: Any, tokenizer: Any, ends: Sequence[int], start: int | None) -> Any:
     """Settings of greedy generation with nothing else of a model's habits."""
     kept = {name: value for name in _KEPT if (value := getattr(before, name, None)) is not None}
-    return transformers.GenerationConfig(
-        do_sample=False, num_beams=1, eos_token_id=list(ends) or None, pad_token_id=padding_id(tokenizer), **kept
-    )
+    ids = {"eos_token_id": list(ends) or None, "pad_token_id": padding_id(tokenizer), "decoder_start_token_id": start}
+    return transformers.GenerationConfig(do_sample=False, num_beams=1, **ids, **kept)
 
 
 def _batch(

@@ -40,6 +40,7 @@ class Task(LanguageTask):
     columns: ClassVar[tuple[str, ...]] = ("text",)
     other_columns: ClassVar[tuple[tuple[str, ...], ...]] = (("prompt", "response"), ("messages",))
     optional_columns: ClassVar[tuple[str, ...]] = ("input",)
+    classifies: ClassVar[bool] = False
 
     def encode(self, rows: Examples, loaded: Loaded, config: RunConfig, run: Run, prefix: str = "") -> Examples:
         """Windows [rows, window] of token ids, or rows of prompt and response with a mask of what counts.

@@ -19,7 +19,7 @@ from kornia.augmentation.auto import RandAugment
 from kdtool.config import AugmentSection
 from kdtool.data.examples import Examples
 from kdtool.modeling.cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification, image_processor
-from kdtool.tasks._views import PIXELS, Views, collated
+from kdtool.tasks._views import PIXELS, ImageViews, collated
 from kdtool.tasks.image_classification import Task
 
 SETTINGS = {
@@ -59,7 +59,7 @@ def main() -> None:
     whole, plain = median_ms(step, 5), median_ms(lambda: collated(task, data, numbers, "cpu"))
     print(f"ResNet-20 step, {size} images: {whole:.0f} ms; plain collation {plain:.1f} ms ({plain / whole:.1%})")
     for name, values in SETTINGS.items():
-        views = Views(task, data, AugmentSection(**values), {"": image_processor()}, 10)
+        views = ImageViews(task, data, AugmentSection(**values), {"": image_processor()}, 10)
         cost = median_ms(lambda made=views: made.batch(numbers, "cpu")) - plain
         print(f"{name:26} {cost:7.1f} ms  {cost / whole:6.1%} of a step")
     unit = torch.rand(size, 3, 32, 32)

@@ -13,7 +13,7 @@ from kdtool.pipelines.distill import distill
 from kdtool.pipelines.setup import make_run
 from kdtool.registry import METHODS
 from kdtool.run import Silent
-from kdtool.tasks._views import PIXELS, Views, beta_shares, boxes, shifted, uniforms
+from kdtool.tasks._views import PIXELS, ImageViews, beta_shares, boxes, shifted, uniforms
 from kdtool.tasks.image_classification import Task
 
 ALL = {"crop": 0.125, "flip": True, "randaugment": 2, "mixup": 0.4, "cutmix": 1.0, "views": 3}
@@ -39,7 +39,7 @@ def rows_of(count=20, side=16, channels=3):
 
 def views_of(data=None, processors=None, **settings):
     data = data if data is not None else rows_of()
-    return Views(Task(), data, AugmentSection(**settings), processors or {"": Plain()}, 5)
+    return ImageViews(Task(), data, AugmentSection(**settings), processors or {"": Plain()}, 5)
 
 
 # Random numbers
@@ -176,7 +176,7 @@ def constant():
 
 @pytest.mark.parametrize("settings", [{"mixup": 0.5}, {"cutmix": 1.0}, {"mixup": 1.0, "cutmix": 1.0}])
 def test_labels_are_mixed_as_the_pixels_are(settings):
-    views = Views(Task(), constant(), AugmentSection(**settings), {"": Plain()}, 20)
+    views = ImageViews(Task(), constant(), AugmentSection(**settings), {"": Plain()}, 20)
     batch = views.batch(np.arange(20), "cpu")
     labels = batch["labels"]
     assert labels.dtype == torch.float32
