@@ -26,6 +26,7 @@ from kdtool.generation import (
 from kdtool.models import Loaded, weights_hash
 from kdtool.run import Run
 from kdtool.tasks._text import padding_id
+from kdtool.tasks._writing import decoder_start
 
 Key = tuple[int, ...]
 """Names a text: number of the question, number of the sample."""
@@ -194,8 +195,7 @@ class LocalAuthor:
         """What writes, and the positions that prompt and text share."""
         vocabulary = min(len(self.loaded.processor), len(model.get_output_embeddings().weight))
         if model.config.is_encoder_decoder:
-            start = model.generation_config.decoder_start_token_id
-            return EncoderDecoder(model, int(start), vocabulary), math.inf
+            return EncoderDecoder(model, decoder_start(model), vocabulary), math.inf
         return CachedModel(model, vocabulary), getattr(model.config, "max_position_embeddings", None) or math.inf
 
 

@@ -65,7 +65,7 @@ class Method(_base.Method):
         "Lee, Kim, Lee: Mentor-KD: Making Small Language Models Better Multi-step Reasoners, EMNLP 2024, "
         "arXiv:2410.09037"
     )
-    tasks: ClassVar[frozenset[str]] = frozenset({"causal-lm"})
+    tasks: ClassVar[frozenset[str]] = frozenset({"causal-lm", "seq2seq-lm"})
     needs: ClassVar[str] = "texts to learn"
     teacher_writes: ClassVar[bool] = True
     loads_teacher: ClassVar[bool] = False
