@@ -20,6 +20,7 @@ from kdtool.errors import DataProblem
 from kdtool.journal import Row, as_lines, key_of, read_rows, written
 from kdtool.metrics.exact_answer import RULES, agrees
 from kdtool.rationales import MARK, Rationale
+from kdtool.tasks._prompts import asked as prompts_of
 from kdtool.writing import write_bytes
 
 _STOP = ("\nQ:",)
@@ -57,12 +58,9 @@ def questions_of(rows: Examples, rule: str) -> list[Question]:
             "rationales need questions with answers",
             hint="name their columns: --set data.prompt=question --set data.response=answer",
         )
-    given = rows.columns.get("input") or [""] * len(rows)
     found: dict[str, Question] = {}
-    for number, (prompt, more, answer) in enumerate(
-        zip(rows.columns["prompt"], given, rows.columns["response"], strict=True), 1
-    ):
-        question = Question("\n".join(filter(None, (prompt.strip(), more.strip()))), answer.strip())
+    for number, (prompt, answer) in enumerate(zip(prompts_of(rows, "\n"), rows.columns["response"], strict=True), 1):
+        question = Question(prompt.strip(), answer.strip())
         _check_gold(question, rule, number)
         first = found.setdefault(spelling(question.text), question)
         if first.answer != question.answer:

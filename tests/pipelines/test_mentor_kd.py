@@ -107,6 +107,20 @@ def test_a_teacher_in_memory_a_file_and_no_mentor(place, cli, tmp_path):
     assert "teacher" not in json.loads((tmp_path / "vanilla" / "kdtool.json").read_text())["models"]
 
 
+def test_models_with_an_encoder(place, cli, tmp_path):
+    for seed, name in enumerate(("t5-mentor", "t5-student")):
+        chains.encoder_decoder(tmp_path / name, seed)
+    given = command(
+        place, place / "teacher.jsonl", "--student", tmp_path / "t5-student", "-o", "out", mentor=tmp_path / "t5-mentor"
+    )
+    found = cli(*given)
+    assert found.code == 0, found.err
+    manifest = json.loads((tmp_path / "out" / "kdtool.json").read_text())
+    assert manifest["task"] == "seq2seq-lm"
+    assert {"ce", "kd"} <= set(manifest["history"][0]["parts"])
+    assert len(lines(tmp_path / "out" / "data" / "augmented.jsonl")) == 8
+
+
 def test_annotations_of_one_run_are_the_teacher_of_the_next(place, server, cli, tmp_path, monkeypatch):
     options = {"n_aug": 0, "kd_lambda": 0.0}
     first = cli(*command(place, server.reference, "-o", "one", **options))
