@@ -23,7 +23,7 @@ SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "bos_token": "[BOS]", "eo
 VALIDATION = 50
 SHARED = {"last_letter_concatenation": 30, "svamp": 4, "asdiv": 4}
 """In how many questions or their rationales a word must come to be a token."""
-SIZES = {"mentor": (4, 128), "student": (2, 64)}
+SIZES = {"mentor": (4, 128), "student": (3, 96)}
 """Layers and width."""
 
 
