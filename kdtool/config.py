@@ -42,6 +42,8 @@ class TeacherSection(Section):
 
     model: str | None = None
     """Folder, Hub id with an optional @revision; where a method learns from texts also endpoint:URL#MODEL or a file."""
+    cache: str | None = None
+    """Folder of a teacher cache that stands for the teacher, written cache:FOLDER in place of a model."""
     fine_tune: bool = False
     """Fine-tune the teacher on the task first; the result is cached by fingerprint."""
     fine_tune_what: Literal["all", "head"] = "all"
@@ -72,6 +74,14 @@ class StudentSection(Section):
     """Start from the weights found (auto, weights) or from random ones."""
     freeze: list[str] = []
     """What stays as it is: `embeddings`, or parameter name patterns such as `*.layer.0.*`."""
+    lora_rank: int | None = Field(None, gt=0)
+    """Train low-rank additions (LoRA) of this rank to the student's layers, merged at the end; needs peft."""
+    lora_alpha: float | None = Field(None, gt=0)
+    """Their scale is lora_alpha / lora_rank (default: 2)."""
+    lora_targets: list[str] = []
+    """Names of the layers that get one, such as q_proj (default: all linear layers but the head)."""
+    lora_adapter: bool = False
+    """Keep the additions by themselves, too, in the folder `adapter` of the output."""
 
 
 class DataSection(Section):
@@ -196,6 +206,8 @@ class TrainSection(Section):
     """Keep what a frozen teacher says about each row (default: when rows are seen again)."""
     teacher_cache_dir: str | None = None
     """Folder of a cache to fill and to share between runs (default: inside the unfinished output)."""
+    teacher_cache_top_k: int | None = Field(None, gt=0)
+    """Keep only so many of the likeliest tokens of a language model; such a cache can stand for the teacher."""
     teacher_cache_limit: int = Field(default=4096, gt=0)
     """Largest size of a cache in MiB."""
     log_every: int = Field(10, gt=0)
@@ -532,6 +544,9 @@ def _explain(error: ValidationError, path: Path | None, text: str) -> ConfigProb
     )
 
 
+_CACHE = "cache:"
+"""Begins what stands in the place of a model where a cache stands for the teacher."""
+
 _REGISTRY_OF: Mapping[str, Registry] = {
     "distill": METHODS,
     "patch-attention": ATTENTION,
@@ -608,6 +623,9 @@ def load_config(
             if not isinstance(target, dict):
                 raise ConfigProblem(f"'{section}' is a section, not a value", hint=f"write {section}: {{...}}")
             target[name] = value
+    teacher = values.get("teacher")
+    if isinstance(teacher, dict) and str(teacher.get("model")).startswith(_CACHE):
+        teacher["cache"] = str(teacher.pop("model")).removeprefix(_CACHE)
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:

@@ -92,7 +92,7 @@ def test_a_run_with_another_teacher_is_refused_before_training(train):
 
 
 def test_a_limit_names_the_options_and_alone_only_switches_the_cache_off(train, monkeypatch):
-    monkeypatch.setattr(teacher_cache, "_row_bytes", lambda shape: 2**30)
+    monkeypatch.setattr(teacher_cache, "_unit_bytes", lambda width, kept: 2**30)
     with pytest.raises(UsageProblem, match=r"would take 81,920 MiB, more than the 4,096 MiB allowed") as caught:
         train("asked for")
     assert "teacher_cache_limit" in str(caught.value.hint)

@@ -100,8 +100,8 @@ class _Merged(torch.autograd.Function):
 
 
 def _has_kernel(q: Tensor) -> bool:
-    """Whether torch's flash kernel that returns the log-sum-exp is there."""
-    return q.device.type == "cpu"
+    """Whether torch's flash kernel that returns the log-sum-exp is there; in an exported graph it is not."""
+    return q.device.type == "cpu" and not torch.compiler.is_exporting()
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 
 _POWER_STEPS = 2
+_MOMENT_ROWS = 256
+"""About as many points of a node give its main direction."""
 
 
 def levels_for(n: int, leaf: int) -> tuple[int, int]:
@@ -44,23 +46,21 @@ def leaf_order(y: Tensor, valid: Tensor | None, levels: int, size: int) -> Tenso
     sets, n, _ = y.shape
     total = size << levels
     hidden = torch.zeros((sets, n), dtype=torch.bool, device=y.device) if valid is None else ~valid
-    y = y.masked_fill(hidden.unsqueeze(-1), 0.0)
+    y = y if valid is None else y.masked_fill(hidden.unsqueeze(-1), 0.0)
     if total > n:
         y = functional.pad(y, (0, 0, 0, total - n))
         hidden = functional.pad(hidden, (0, total - n), value=True)
     plain = total == n and valid is None
     order = torch.arange(total, device=y.device).expand(sets, total)
-    nodes = 1
-    for _ in range(levels):
-        half = total // nodes // 2
-        points = y.reshape(sets * nodes, 2 * half, -1)
-        absent = None if plain else hidden.reshape(sets * nodes, 2 * half)
-        split = _halves(_along(points, absent), half)
-        order = order.reshape(sets * nodes, -1).gather(1, split)
-        y = rows_at(points, split)
-        if absent is not None:
-            hidden = absent.gather(1, split)
-        nodes *= 2
+    for level in range(levels):
+        nodes, count = sets * (1 << level), total >> level
+        points = y.reshape(nodes, count, -1)
+        absent = None if plain else hidden.reshape(nodes, count)
+        split = _halves(_along(points, absent), count // 2)
+        order = order.reshape(nodes, count).gather(1, split)
+        if level < levels - 1:
+            y = rows_at(points, split)
+            hidden = hidden if absent is None else absent.gather(1, split)
     return order.reshape(sets, total)
 
 
@@ -76,12 +76,14 @@ def rows_at(x: Tensor, places: Tensor) -> Tensor:
 
 def _along(points: Tensor, absent: Tensor | None) -> Tensor:
     """Coordinates [S, p] of points [S, p, m] along their node's main direction; absent ones last."""
+    step = max(1, points.shape[1] // _MOMENT_ROWS)
+    some = points[:, ::step]
     if absent is None:
-        centred = points - points.mean(1, keepdim=True)
+        centred = some - some.mean(1, keepdim=True)
     else:
-        count = (~absent).sum(1).clamp_min(1).to(points.dtype)
-        centre = points.sum(1) / count.unsqueeze(-1)
-        centred = (points - centre.unsqueeze(1)).masked_fill(absent.unsqueeze(-1), 0.0)
+        away = absent[:, ::step].unsqueeze(-1)
+        count = (~away).sum(1, keepdim=True).clamp_min(1).to(points.dtype)
+        centred = (some - some.sum(1, keepdim=True) / count).masked_fill(away, 0.0)
     moments = centred.mT @ centred  # [S, m, m]
     # the column of the largest variance is a start that is never orthogonal to the main direction's strongest part
     start = torch.diagonal(moments, dim1=1, dim2=2).argmax(-1)
@@ -89,7 +91,8 @@ def _along(points: Tensor, absent: Tensor | None) -> Tensor:
     for _ in range(_POWER_STEPS):
         direction = direction / direction.norm(dim=1, keepdim=True).clamp_min(1e-30)
         direction = moments @ direction
-    along: Tensor = (centred @ (direction / direction.norm(dim=1, keepdim=True).clamp_min(1e-30))).squeeze(-1)
+    direction = direction / direction.norm(dim=1, keepdim=True).clamp_min(1e-30)
+    along: Tensor = (direction.mT @ points.mT).squeeze(1)
     return along if absent is None else along.masked_fill(absent, float("inf"))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kdtool.attention import _lsh
 from kdtool.attention._base import Call, State, generator
-from kdtool.attention.cluster import pick
+from kdtool.attention._leaves import pick
 
 paper: str = (
     "Zandieh et al., KDEformer: Accelerating Transformers via Kernel Density Estimation, ICML 2023, arXiv 2302.02451"

@@ -7,6 +7,9 @@ import yaml
 
 from kdtool.errors import UsageProblem, nearest
 
+HARNESS = "lm-eval:"
+"""Benchmarks of lm-evaluation-harness: the name of one of its tasks, or of a YAML file, follows."""
+
 _FOLDER = Path(__file__).parent
 
 

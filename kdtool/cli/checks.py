@@ -55,7 +55,9 @@ def _check_distill(config: RunConfig) -> None:
         raise UsageProblem("no method given", hint="add --method NAME; see: kdtool methods ls")
     facts = METHODS.info(name).facts
     fewest, most = facts.get("teachers", (1, 1))
-    if config.teacher.model is None and fewest > 0:
+    if config.teacher.cache is not None and (config.teacher.model is not None or config.command == "compare"):
+        raise UsageProblem("a cache stands for the only teacher of a run", hint="kdtool distill cache:FOLDER ...")
+    if config.teacher.model is None and config.teacher.cache is None and fewest > 0:
         raise UsageProblem("no teacher given", hint="kdtool distill TEACHER --student MODEL ...")
     if config.teacher.model is not None and most == 0 and config.command == "distill":
         raise UsageProblem(
@@ -131,7 +133,7 @@ def _check_patch(config: RunConfig) -> None:
 
 def _check_benchmark(config: RunConfig) -> None:
     name = config.eval.benchmark
-    if name is not None and name not in benchmarks.names():
+    if name is not None and not name.startswith(benchmarks.HARNESS) and name not in benchmarks.names():
         raise UsageProblem(f"unknown benchmark '{name}'", hint=nearest(name, benchmarks.names()))
 
 

@@ -25,6 +25,7 @@ from kdtool.errors import ModelProblem
 from kdtool.models import Loaded
 from kdtool.run import Run
 from kdtool.tasks._base import Batch, Task
+from kdtool.tasks._views import Views
 
 Linear: TypeAlias = Any
 """`nn.Linear`, or GPT-2's `Conv1D`, whose class is not typed."""
@@ -41,6 +42,7 @@ class Context:
         rows: Encoded training rows, for compressors that train; None where there are none.
         train: How to train on them; length and learning rates are the compressor's own.
         checkpoints: Where its checkpoints go; None for none.
+        views: Makes altered rows to train on; None to train on the rows as they are.
     """
 
     task: Task
@@ -49,6 +51,7 @@ class Context:
     rows: Examples | None = None
     train: TrainSection = field(default_factory=TrainSection)
     checkpoints: Path | None = None
+    views: Views | None = None
 
 
 def body_config(config: Any) -> Any:

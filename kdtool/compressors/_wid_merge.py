@@ -198,15 +198,27 @@ def query_factor(head_size: int, kept_head_size: int) -> float:
 
 
 def _merged_site(site: Site, state: State, compactors: State, keep: State, factor: float) -> dict[str, Tensor]:
-    weight, bias = state[f"{site.path}.weight"], state.get(f"{site.path}.bias")
+    """Weights of one map, in float64."""
+    weight, bias = state[f"{site.path}.weight"].double(), state.get(f"{site.path}.bias")
+    bias = None if bias is None else bias.double()
     if site.inner is not None:
-        weight = weight @ compactors[f"{site.key}_in"][:, keep[site.inner]]
+        weight = weight @ compactors[f"{site.key}_in"][:, keep[site.inner]].double()
     if site.outer is not None:
-        outer = compactors[f"{site.key}_out"][keep[site.outer]]
+        outer = compactors[f"{site.key}_out"][keep[site.outer]].double()
         weight, bias = outer @ weight, None if bias is None else outer @ bias
     scale = factor if site.key.endswith(".query") else 1.0
     made = {f"{site.path}.weight": weight * scale}
     return made if bias is None else made | {f"{site.path}.bias": bias * scale}
+
+
+def _merged_entry(anatomy: Anatomy, state: State, into: Tensor) -> dict[str, Tensor]:
+    """Embeddings, in float64; `into` [H_s, H] is what is kept of the compactor of the stream."""
+    made = {name: state[name].double() @ into.T for name in anatomy.tables}
+    if anatomy.patches is not None:
+        weight, bias = (state[f"{anatomy.patches}.{part}"].double() for part in ("weight", "bias"))
+        made[f"{anatomy.patches}.weight"] = torch.einsum("sh,hcij->scij", into, weight)
+        made[f"{anatomy.patches}.bias"] = into @ bias
+    return made
 
 
 def merge(state: State, compactors: State, keep: State, anatomy: Anatomy, factor: float) -> dict[str, Tensor]:
@@ -220,18 +232,13 @@ def merge(state: State, compactors: State, keep: State, anatomy: Anatomy, factor
         factor: From `query_factor`; 1 where heads keep their size.
 
     Returns:
-        Weights of the smaller model, under the same names.
+        Weights of the smaller model under the same names, in the formats they had.
     """
-    merged = dict(state)
+    made: dict[str, Tensor] = {}
     for site in anatomy.sites:
-        merged |= _merged_site(site, state, compactors, keep, factor)
+        made |= _merged_site(site, state, compactors, keep, factor)
     if anatomy.entry is not None:
-        into = compactors["emb"][keep["hidden"]]
-        merged |= {name: state[name] @ into.T for name in anatomy.tables}
-        if anatomy.patches is not None:
-            weight, bias = (state[f"{anatomy.patches}.{part}"] for part in ("weight", "bias"))
-            merged[f"{anatomy.patches}.weight"] = torch.einsum("sh,hcij->scij", into, weight)
-            merged[f"{anatomy.patches}.bias"] = into @ bias
+        made |= _merged_entry(anatomy, state, compactors["emb"][keep["hidden"]].double())
     for path, group in anatomy.norms.items():
-        merged |= {f"{path}.{part}": state[f"{path}.{part}"][keep[group]] for part in ("weight", "bias")}
-    return merged
+        made |= {f"{path}.{part}": state[f"{path}.{part}"][keep[group]] for part in ("weight", "bias")}
+    return dict(state) | {name: value.to(state[name].dtype).contiguous() for name, value in made.items()}

@@ -116,6 +116,12 @@ class Inheritance(_base.Method):
             getattr(self, _buffer(group)).copy_(found)
         merging.set_masks(self.student, anatomy, self.keep)
 
+    def keep_all(self) -> None:
+        """Drop nothing, as in the beginning."""
+        for mask in self.keep.values():
+            mask.fill_(True)
+        merging.set_masks(self.student, self.anatomy, self.keep)
+
     def step(self, batch: Batch, progress: float) -> _base.Losses:
         """The task's own loss."""
         out = self.task.forward(self.student, batch)
@@ -124,17 +130,14 @@ class Inheritance(_base.Method):
 
     @torch.no_grad()
     def inherited(self) -> dict[str, Tensor]:
-        """Weights of the smaller model: compactors multiplied in, in float64, then in the format they had."""
-        trained = merging.compactors_of(self.student, self.anatomy)
-        compactors = {name: value.detach().cpu().double() for name, value in trained.items()}
-        state = {name: value.detach().cpu() for name, value in merging.inherited_state(self.student).items()}
-        keep = {group: mask.cpu() for group, mask in self.keep.items()}
-        precise = {name: value.double() if value.is_floating_point() else value for name, value in state.items()}
+        """Weights of the smaller model: those of this one, compactors multiplied in."""
         goal, anatomy = self.config, self.anatomy
+        compactors = {name: p.detach().cpu() for name, p in merging.compactors_of(self.student, anatomy).items()}
+        state = {name: value.cpu() for name, value in merging.inherited_state(self.student).items()}
+        keep = {group: mask.cpu() for group, mask in self.keep.items()}
         kept_head = anatomy.head_size if goal.strategy == "head" else goal.hidden // anatomy.heads
         factor = merging.query_factor(anatomy.head_size, kept_head)
-        merged = merging.merge(precise, compactors, keep, anatomy, factor)
-        return {name: value.to(state[name].dtype).contiguous() for name, value in merged.items()}
+        return merging.merge(state, compactors, keep, anatomy, factor)
 
     def masked(self) -> nn.Module:
         """The model as it is merged: a copy in which all that is dropped is zero."""

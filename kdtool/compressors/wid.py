@@ -24,8 +24,8 @@ from kdtool.verify import outputs
 
 paper = "Wu et al.: Weight-Inherited Distillation for Task-Agnostic BERT Compression, 2024, arXiv:2305.09098"
 trains = True
-tasks = frozenset({"text-classification", "image-classification"})
-needs = "an encoder: decoders can lose layers, neurons and heads by other compressors"
+tasks = frozenset({"masked-lm", "text-classification", "image-classification"})
+needs = "an encoder"
 
 _PUBLISHED_INTERVAL = 500
 _SHARE = 4
@@ -152,12 +152,9 @@ def _check_fit(method: Inheritance, loaded: Loaded, config: Config) -> None:
     Raises:
         ModelProblem: they differ, so some part of this architecture is not known.
     """
-    last = intervals(method.anatomy.hidden, config.hidden, method.anatomy.head_size, config.strategy)
-    kept = {group: mask.clone() for group, mask in method.keep.items()}
-    method.choose(last)
+    method.choose(method.config.schedule)
     rebuilt(loaded, shrunk(loaded, config, method.anatomy), method.inherited())
-    for group, mask in method.keep.items():
-        mask.copy_(kept[group])
+    method.keep_all()
 
 
 def _relative(found: Tensor, expected: Tensor) -> float:
@@ -170,7 +167,6 @@ def _exactness(method: Inheritance, made: nn.Module, context: Context) -> dict[s
     Raises:
         KdtoolError: the merged model is not the masked one.
     """
-    method.student.to("cpu").eval()
     method.to("cpu")
     assert context.batches
     batch = context.batches[0]
@@ -206,7 +202,9 @@ def compress(loaded: Loaded, config: Config, context: Context) -> Loaded:
     settings = context.train.model_copy(
         update={"max_steps": config.steps, "lr": config.lr, "head_lr": config.weights_lr}
     )
-    trainer = Trainer(method, context.rows, settings, context.run, method.is_own_weight, context.checkpoints)
+    trainer = Trainer(
+        method, context.rows, settings, context.run, method.is_own_weight, context.checkpoints, context.views
+    )
     rehearse(trainer)
     context.run.reporter.info(
         f"wid: training {sum(p.numel() for p in method.parameters()):,} parameters for {trainer.plan.steps} steps"

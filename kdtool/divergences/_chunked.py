@@ -212,6 +212,31 @@ def _apart(measure: Any, mine: Tensor, teacher: Tensor | TopK | None) -> tuple[T
     return found
 
 
+def _plan_of(
+    hidden: Tensor,
+    head: Head,
+    terms: Sequence[tuple[Measure, float]],
+    ce_weight: float,
+    rows: int | None,
+    vocabulary: int | None,
+) -> _Plan:
+    """What a comparison needs besides its tensors; see `compare_all`."""
+    device, size = hidden.device.type, len(head.weight)
+    blocks = [measure.block for measure, _ in terms if measure.block]
+    autocast = torch.is_autocast_enabled(device)
+    return _Plan(
+        terms=tuple(terms),
+        scale=head.scale,
+        cap=head.cap,
+        ce_weight=ce_weight,
+        rows=min(blocks) if blocks else rows or max(1, _LOGITS.get(device, _MANY) // size),
+        vocabulary=min(size, vocabulary or size),
+        kind=torch.get_autocast_dtype(device) if autocast else hidden.dtype,
+        exact=torch.float64 if hidden.dtype == torch.float64 else torch.float32,
+        narrow=device == "cpu" and not blocks,
+    )
+
+
 def compare_all(
     hidden: Tensor,
     head: Head,
@@ -238,26 +263,30 @@ def compare_all(
         The weighted sum over tokens, which carries the gradient, and the unweighted sums of the cross-entropy and
         each measure, which do not; in float32, or float64 for float64 hidden states.
     """
-    device, size = hidden.device.type, len(head.weight)
-    blocks = [measure.block for measure, _ in terms if measure.block]
-    rows = rows or max(1, _LOGITS.get(device, _MANY) // size)
-    autocast = torch.is_autocast_enabled(device)
-    plan = _Plan(
-        tuple(terms),
-        head.scale,
-        head.cap,
-        ce_weight if labels is not None else 0.0,
-        min(blocks) if blocks else rows,
-        min(size, vocabulary or size),
-        torch.get_autocast_dtype(device) if autocast else hidden.dtype,
-        torch.float64 if hidden.dtype == torch.float64 else torch.float32,
-        device == "cpu" and not blocks,
-    )
+    plan = _plan_of(hidden, head, terms, ce_weight if labels is not None else 0.0, rows, vocabulary)
     if isinstance(teacher, tuple):
         teacher = (teacher[0].detach(), teacher[1].cut(plan.vocabulary))
     flat = [one for piece in head.pieces(hidden) for one in piece]
     total, sums = _Compare.apply(plan, teacher, labels, head.bias, *flat)  # type: ignore[no-untyped-call]
     return total, sums
+
+
+@torch.no_grad()
+def likeliest(hidden: Tensor, head: Head, k: int, temperature: float = 1.0) -> TopK:
+    """The k likeliest tokens of each position, without holding all logits.
+
+    Args:
+        hidden: Hidden states [tokens, width].
+        head: The head.
+        k: How many to keep.
+        temperature: Divides the logits.
+    """
+    plan = _plan_of(hidden, head, [], 0.0, None, None)
+    with torch.autocast(hidden.device.type, enabled=False):
+        side = _Side(head.pieces(hidden), head.bias, plan, head.scale, head.cap)
+        starts = range(0, len(hidden), plan.rows)
+        found = [TopK.of(side.logits(slice(start, start + plan.rows)), k, temperature) for start in starts]
+    return TopK(*(torch.cat([getattr(one, name) for one in found]) for name in ("log_probs", "ids", "rest")))
 
 
 def compare(

@@ -33,7 +33,7 @@ class TopK:
         best, ids = z.topk(min(k, z.shape[1]), -1)
         return cls(best, ids, likely.scatter_(1, ids, 0.0).sum(-1).log())
 
-    def __getitem__(self, part: slice) -> "TopK":
+    def __getitem__(self, part: slice | Tensor) -> "TopK":
         return TopK(self.log_probs[part], self.ids[part], self.rest[part])
 
     def __len__(self) -> int:

@@ -124,7 +124,7 @@ def generate(
     scorers = [scorer for scorer in (student, teacher) if scorer is not None]
     for scorer in scorers:
         scorer.begin(ids, mask)
-    writing = _Writing(ids, mask, uniform.to(ids.device), settings, limits.to(ids.device))
+    writing = _Writing(ids, mask, uniform.to(ids.device), settings, limits.to(ids.device), teacher is not None)
     block = 0
     while bool(writing.active.any()):
         size = 1 if teacher is None else min(settings.gamma, writing.longest)
@@ -132,9 +132,9 @@ def generate(
         if teacher is not None:
             fed = torch.cat([writing.pending[:, None], drafts[:, :-1]], 1)
             scores = teacher.feed(fed, positions)
-        emitted = writing.judge(drafts, scores, None if teacher is None else settings.rank(block))
+        counts = writing.judge(drafts, scores, None if teacher is None else settings.rank(block))
         for scorer in scorers:
-            scorer.keep(emitted, size)
+            scorer.keep(counts, size)
         left = writing.leave()
         if left is not None:
             for scorer in scorers:
@@ -146,15 +146,18 @@ def generate(
 class _Writing:
     """Texts that are being written, and the rows still at work."""
 
-    def __init__(self, ids: Tensor, mask: Tensor, uniform: Tensor, settings: Interleaving, limits: Tensor) -> None:
+    def __init__(
+        self, ids: Tensor, mask: Tensor, uniform: Tensor, settings: Interleaving, limits: Tensor, repairs: bool
+    ) -> None:
         count, _, length = uniform.shape
         self.settings, self.uniform, self.limits = settings, uniform, limits
         self.stop = torch.tensor(settings.stop, device=ids.device, dtype=ids.dtype)
         self.tokens = torch.full((count, length), settings.pad, dtype=torch.long, device=ids.device)
         self.valid = torch.zeros_like(self.tokens, dtype=torch.bool)
-        self.kept, self.proposed = self.valid.clone(), self.tokens.clone()
+        self.kept, self.proposed = (self.valid.clone(), self.tokens.clone()) if repairs else (self.valid, self.tokens)
         self.log_prob = torch.zeros_like(self.tokens, dtype=torch.float64)
         self.rows = torch.arange(count, device=ids.device)
+        self.columns = torch.arange(settings.gamma, device=ids.device)
         self.first = mask.sum(1) - 1  # position of the last prompt token
         self.pending = ids[:, -1]  # the one token that no model has read
         self.done = torch.zeros_like(self.first)
@@ -167,7 +170,7 @@ class _Writing:
 
     def draft(self, student: Scorer, size: int) -> tuple[Tensor, Tensor, Tensor]:
         """Proposals [rows, size], the positions of what they follow, and the student's last logits [rows, 1, V]."""
-        ahead = torch.arange(size, device=self.rows.device)
+        ahead = self.columns[:size]
         # rows close to their limit draft beyond it in vain: their last place stands for those behind it
         at = torch.minimum(self.done[:, None] + ahead, (self.limits - 1).clamp_min(0)[:, None])
         positions = self.first[:, None] + at
@@ -179,37 +182,31 @@ class _Writing:
         return torch.stack(found, 1), positions, scores
 
     def judge(self, drafts: Tensor, scores: Tensor, k: int | None) -> Tensor:
-        """Write what the teacher lets pass and its first replacement; how much that is, [rows].
+        """Write what the teacher lets pass and its first replacement.
 
         Args:
             drafts: [rows, size]
             scores: Logits [rows, size, vocabulary] that judge, and that log-probabilities are of.
             k: Rank up to which a token passes; None lets everything pass.
+
+        Returns:
+            How many of the tokens read to remember, [rows]: those written; as many as of any where a row is done.
         """
-        size = drafts.shape[1]
-        good = torch.ones_like(drafts, dtype=torch.bool) if k is None else accepted(scores, drafts, k)
-        room = torch.where(self.active, self.limits - self.done, 0)
-        passed = good.long().cumprod(1).sum(1)
-        tokens = drafts.clone()
-        bad = (passed < torch.clamp_max(room, size)).nonzero()[:, 0]
-        if len(bad):
-            place = passed[bad]
-            uniform = self.uniform[self.rows[bad], 1, self.done[bad] + place]
-            tokens[bad, place] = self.settings.teacher.draw(scores[bad, place], uniform)
-        emitted = torch.minimum((passed + 1).clamp_max(size), room)
-        columns = torch.arange(size, device=drafts.device)
-        ends = torch.isin(tokens, self.stop)
-        emitted = torch.minimum(emitted, ends.long().cummax(1).values.eq(0).sum(1) + 1)
-        row, column = (columns < emitted[:, None]).nonzero(as_tuple=True)
-        where = (self.rows[row], self.done[row] + column)
-        self.tokens[where] = tokens[row, column]
-        stopped = (ends & (columns < emitted[:, None])).any(1)
+        room = (self.limits - self.done) * self.active
+        tokens, emitted, good = (
+            (drafts, room.clamp_max(drafts.shape[1]), None) if k is None else self._repaired(drafts, scores, room, k)
+        )
+        ends, stopped = torch.isin(tokens, self.stop), torch.zeros_like(self.active)
+        if bool(ends.any()):
+            emitted = torch.minimum(emitted, ends.long().cummax(1).values.eq(0).sum(1) + 1)
+            stopped = (ends & (self.columns[: ends.shape[1]] < emitted[:, None])).any(1)
         if self.settings.stop_strings is not None:
-            emitted, stopped = self._cut(emitted, stopped, self.settings.stop_strings)
-            row, column = (columns < emitted[:, None]).nonzero(as_tuple=True)
-            where = (self.rows[row], self.done[row] + column)
-        self.valid[where], self.kept[where] = True, good[row, column]
-        self.proposed[where] = drafts[row, column]
+            emitted, stopped = self._cut(tokens, emitted, stopped, self.settings.stop_strings)
+        row, column = (self.columns[: drafts.shape[1]] < emitted[:, None]).nonzero(as_tuple=True)
+        where = (self.rows[row], self.done[row] + column)
+        self.tokens[where], self.valid[where] = tokens[row, column], True
+        if good is not None:
+            self.kept[where], self.proposed[where] = good[row, column], drafts[row, column]
         if self.settings.scored:
             raw = scores[row, column].double()
             self.log_prob[where] = raw.log_softmax(-1).gather(1, tokens[row, column, None])[:, 0]
@@ -217,16 +214,30 @@ class _Writing:
         self.pending = torch.where(emitted > 0, last, self.pending)
         self.done = self.done + emitted
         self.active = self.active & ~stopped & (self.done < self.limits)
-        return emitted
+        return torch.where(self.active, emitted, emitted.max())
 
-    def _cut(self, emitted: Tensor, stopped: Tensor, strings: StopStrings) -> tuple[Tensor, Tensor]:
+    def _repaired(self, drafts: Tensor, scores: Tensor, room: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens [rows, size] with the first rejected one replaced, how many of them stay, and which pass."""
+        size = drafts.shape[1]
+        good = accepted(scores, drafts, k)
+        passed = good.long().cumprod(1).sum(1)
+        bad = (passed < room.clamp_max(size)).nonzero()[:, 0]
+        tokens = drafts
+        if len(bad):
+            place = passed[bad]
+            uniform = self.uniform[self.rows[bad], 1, self.done[bad] + place]
+            tokens = drafts.clone()
+            tokens[bad, place] = self.settings.teacher.draw(scores[bad, place], uniform)
+        return tokens, torch.minimum((passed + 1).clamp_max(size), room), good
+
+    def _cut(self, tokens: Tensor, emitted: Tensor, stopped: Tensor, strings: StopStrings) -> tuple[Tensor, Tensor]:
         """Rows that hold a stop string end with the token that completes it."""
         emitted, stopped = emitted.clone(), stopped.clone()
         for i in emitted.nonzero()[:, 0].tolist():
-            known, most = int(self.done[i]), int(self.done[i] + emitted[i])
-            end = strings.cut(self.tokens[self.rows[i], :most].tolist(), known)
+            known = int(self.done[i])
+            ids = [*self.tokens[self.rows[i], :known].tolist(), *tokens[i, : int(emitted[i])].tolist()]
+            end = strings.cut(ids, known)
             if end is not None:
-                self.tokens[self.rows[i], end:most] = self.settings.pad
                 emitted[i], stopped[i] = end - known, True
         return emitted, stopped
 
@@ -242,6 +253,6 @@ class _Writing:
 
     def result(self) -> Generated:
         """All texts, cut to the longest."""
-        longest = int(self.valid.any(0).sum())
+        longest = max(1, int(self.valid.any(0).sum()))
         parts = (self.tokens, self.valid, self.kept, self.proposed, self.log_prob)
         return Generated(*(value[:, :longest] for value in parts))

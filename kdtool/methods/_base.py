@@ -181,8 +181,17 @@ class Method(nn.Module):
         Cached outputs carry no labels.
         """
         if cached and index in self.caches and VIEW in batch:
-            return Outputs(self.caches[index].get(batch[VIEW]), None)
+            logits = self.caches[index].get(batch[VIEW])
+            assert isinstance(logits, Tensor), "a cache of the likeliest tokens is for methods that say told_at"
+            return Outputs(logits, None)
         return self.task.forward(self.teacher_list[index].model, view_of(batch, index))
+
+    def told_at(self) -> float | None:
+        """Temperature at which the likeliest tokens alone can stand for the teacher; None where they cannot.
+
+        A method that says one asks `tell` alone, and can be made without a teacher.
+        """
+        return None
 
     @torch.no_grad()
     def tell(self, batch: Batch, index: int = 0) -> Told:

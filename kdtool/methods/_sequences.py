@@ -15,15 +15,17 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from kdtool.data.examples import Examples
-from kdtool.divergences import Divergence, Head, compare, head_of
+from kdtool.divergences import Divergence, Head, Teacher, TopK, compare, head_of
 from kdtool.errors import TrainingProblem
 from kdtool.generation import CachedModel, Generated, Interleaving, Scorer, StopStrings, Warp, generate, uniforms
 from kdtool.methods import _base
 from kdtool.methods._kept import Kept
 from kdtool.models import Loaded
-from kdtool.tasks._base import LABELS, ROWS, Batch, Task
+from kdtool.tasks._base import LABELS, ROWS, VIEW, Batch, Task
+from kdtool.tasks._heads import body_of
 from kdtool.tasks._language import IGNORED
 from kdtool.tasks._packing import POSITIONS
+from kdtool.tasks._writing import ends_of
 
 
 @dataclass(frozen=True)
@@ -130,8 +132,7 @@ class SequenceMethod(_base.Method):
         self.vocabulary = min([len(student.processor), *sizes])
         # a window longer than the model's positions cannot be, so what follows a prompt in the data always fits
         self.positions = min(int(getattr(model.config, "max_position_embeddings", None) or 2**31) for model in models)
-        end = student.processor.eos_token_id
-        self.stop = () if end is None else (int(end),)
+        self.stop = tuple(ends_of(self.student, student.processor))
         strings = getattr(config, "stop_strings", None)
         self.stop_strings = StopStrings(student.processor, strings) if strings else None
         self.kept = Kept(student.processor)
@@ -142,7 +143,7 @@ class SequenceMethod(_base.Method):
         return [self.student, *(teacher.model for teacher in self.teacher_list)]
 
     def setup(self, batch: Batch, data: Examples) -> None:
-        """Check on a first batch that both models' heads give their logits.
+        """Check that both models' heads give their logits.
 
         Raises:
             TrainingProblem: one does not, so the loss could not be made from hidden states.
@@ -151,18 +152,12 @@ class SequenceMethod(_base.Method):
             raise TrainingProblem(
                 "this method needs the whole output embedding in each process", hint="--set train.parallel=ddp"
             )
-        training = self.student.training
-        self.student.eval()
         for model in self.models:
-            with torch.no_grad():
-                hidden = self.hidden(model, batch["input_ids"])
-                expected = model(input_ids=batch["input_ids"], use_cache=False).logits
-            if not torch.allclose(head_of(model).logits(hidden), expected, rtol=1e-2, atol=1e-2):
+            if not self.task.has_states(model):
                 raise TrainingProblem(
                     f"the logits of {type(model).__name__} are not those of its output embedding",
                     hint="use another method, such as kd",
                 )
-        self.student.train(training)
 
     @staticmethod
     def hidden(model: Any, ids: Tensor, positions: Tensor | None = None) -> Tensor:
@@ -172,7 +167,7 @@ class SequenceMethod(_base.Method):
         start anew keep texts of one row apart.
         """
         inputs = {} if positions is None else {POSITIONS: positions}
-        found: Tensor = model.base_model(input_ids=ids, use_cache=False, **inputs).last_hidden_state
+        found: Tensor = body_of(model)(input_ids=ids, use_cache=False, **inputs).last_hidden_state
         return found
 
     def prompts(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -265,7 +260,7 @@ class SequenceMethod(_base.Method):
         training = self.student.training
         self.student.eval()
         out = generate(
-            writer, teacher, start, (places >= 0).long(), uniforms(numbers, int(limits.max())), settings, limits
+            writer, teacher, start, (places >= 0).long(), uniforms(numbers, max(1, int(limits.max()))), settings, limits
         )
         self.student.train(training)
         text = _joined(batch["input_ids"], first, out, settings)
@@ -283,20 +278,30 @@ class SequenceMethod(_base.Method):
         cfg = self.config
         return Divergence(cfg.divergence, cfg.beta, cfg.skew, cfg.temperature)
 
-    def learn(self, text: Text, weight: float = 1.0, ce_weight: float = 0.0) -> _base.Losses:
+    def stored(self, batch: Batch, text: Text) -> TopK | None:
+        """What a cache of likely tokens says of the places that count in a text of the data; None without one."""
+        if 0 not in self.caches or VIEW not in batch:
+            return None
+        told = self.caches[0].get(batch[VIEW])
+        assert isinstance(told, TopK)
+        counts = text.counts[:, 1:]
+        return told[counts[batch[LABELS][:, 1:] != IGNORED] if LABELS in batch else counts.flatten()]
+
+    def learn(self, text: Text, weight: float = 1.0, ce_weight: float = 0.0, told: TopK | None = None) -> _base.Losses:
         """Divergence and cross-entropy on the tokens of a text that count.
 
         Args:
             text: The texts.
             weight: Of the divergence.
             ce_weight: Of the cross-entropy with the text.
+            told: What is known of the teacher, which is then not asked.
         """
         chosen = text.counts[:, 1:]
         hidden = self.hidden(self.student, text.ids, text.positions)[:, :-1][chosen]
         labels = text.ids[:, 1:][chosen]
         parts, units = dict(text.parts), dict(text.units)
-        teacher = None
-        if weight:
+        teacher: Teacher | None = told
+        if weight and told is None:
             teacher = self.heard(text, chosen)
             if text.written and "teacher log-likelihood" not in parts:
                 with torch.no_grad():

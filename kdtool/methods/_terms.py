@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kdtool.data.examples import Examples
-from kdtool.divergences import Measure, compare_all, cross_entropy
+from kdtool.divergences import Divergence, Measure, compare_all, cross_entropy
 from kdtool.features import taps
 from kdtool.methods import _base
 from kdtool.tasks._base import ROWS, Batch
@@ -166,6 +166,12 @@ class TermMethod(_base.Method):
         student, labels = self.see(batch)
         teacher = self.hear(batch) if self.reads_teacher else None
         return self.add_up(student, teacher, labels, batch, progress)
+
+    def told_at(self) -> float | None:
+        """The temperature of all measures, where they have one and it stays as it is."""
+        found = [term.measure for share in (0.0, 1.0) for term in self.measures(share) or ()]
+        degrees = {measure.temperature if isinstance(measure, Divergence) else None for measure in found}
+        return degrees.pop() if len(degrees) == 1 and self.task.has_states(self.student) else None
 
     def compare(self, batch: Batch, progress: float) -> _base.Losses:
         """`step` of language models, from hidden states."""

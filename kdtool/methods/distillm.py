@@ -21,7 +21,7 @@ from kdtool.methods import _base, _sequences
 from kdtool.methods._sequences import Text
 from kdtool.models import Loaded
 from kdtool.tasks._base import ROWS, Batch, Task, to_device
-from kdtool.train.parallel import gather_units
+from kdtool.train.parallel import gather_units, places
 
 _AT_ONCE = 16
 """Held-out rows in a forward pass."""
@@ -124,7 +124,7 @@ class Method(_sequences.SequenceMethod):
         if coin < new or int(self.written) < self.config.capacity:
             fresh = self.sampled(batch, progress)
             if self.training:
-                self._remember(fresh)
+                self._remember(fresh, batch[ROWS])
         if fresh is not None and not int(self.written):
             return fresh
         return self._recalled(batch, progress)
@@ -154,16 +154,22 @@ class Method(_sequences.SequenceMethod):
         self.student.train()
         return total / max(count, 1)
 
-    def _remember(self, text: Text) -> None:
-        """Put texts of all processes into the buffer, the oldest out."""
-        places = torch.arange(text.ids.shape[1], device=text.ids.device)
-        ends = torch.where(text.counts, places + 1, 0).max(1).values
+    def _remember(self, text: Text, rows: Tensor) -> None:
+        """Put texts of all processes into the buffer in the order of the whole batch, the oldest out."""
+        columns = torch.arange(text.ids.shape[1], device=text.ids.device)
+        ends = torch.where(text.counts, columns + 1, 0).max(1).values
         first = text.counts.long().argmax(1)
         ids = torch.nn.functional.pad(text.ids, (0, max(0, self.replay_ids.shape[1] - text.ids.shape[1])))
-        packed, _ = gather_units(torch.cat([first[:, None], ends[:, None], ids], 1).int())
-        for row in packed:
+        numbers = rows.to(ids.device)
+        packed, _ = gather_units(torch.cat([numbers[:, None], first[:, None], ends[:, None], ids], 1))
+        order, _ = gather_units(places(len(ids), ids.device))
+        seen: set[int] = set()
+        for row in packed[order.argsort()]:
+            if int(row[0]) in seen:
+                continue  # of a process without rows of its own
+            seen.add(int(row[0]))
             place = int(self.written) % len(self.replay_ids)
-            self.replay_spans[place], self.replay_ids[place] = row[:2], row[2 : 2 + self.replay_ids.shape[1]]
+            self.replay_spans[place], self.replay_ids[place] = row[1:3], row[3:]
             self.written.add_(1)
 
     def _recalled(self, batch: Batch, progress: float) -> Text:

@@ -163,6 +163,10 @@ class Method(_base.Method):
         models = [self.student, *(teacher.model for teacher in self.teacher_list)]
         self.by_chunks = all(self.task.has_states(model) for model in models)
 
+    def told_at(self) -> float | None:
+        """The temperature, where the mentor is compared some tokens at a time."""
+        return float(self.config.kd_temperature) if self.soft and self.by_chunks else None
+
     def step(self, batch: Batch, progress: float) -> _base.Losses:
         """Cross-entropy with the rationale, and the divergence from the mentor along it (section 3.3 of the paper)."""
         weight = float(self.config.kd_lambda) if self.soft else 0.0

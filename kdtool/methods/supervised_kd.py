@@ -33,4 +33,9 @@ class Method(_sequences.SequenceMethod):
 
     def step(self, batch: Batch, progress: float) -> _base.Losses:
         """Compare on the data."""
-        return self.learn(self.given(batch), ce_weight=self.config.ce_weight)
+        text = self.given(batch)
+        return self.learn(text, ce_weight=self.config.ce_weight, told=self.stored(batch, text))
+
+    def told_at(self) -> float:
+        """The temperature of the divergence."""
+        return float(self.config.temperature)

@@ -17,7 +17,7 @@ from kdtool.data.examples import Examples
 from kdtool.errors import KdtoolError, QualityProblem, UsageProblem
 from kdtool.models import Loaded, load, load_model
 from kdtool.pipelines import setup
-from kdtool.pipelines.distill import get_ready, train
+from kdtool.pipelines.distill import get_ready, make_views, train
 from kdtool.pipelines.finished import read_proof
 from kdtool.pipelines.measured import check_metrics
 from kdtool.pipelines.output import Output
@@ -111,7 +111,8 @@ def _check_forward(
 
 def _apply(source: _Source, config: RunConfig, run: Run, output: Output) -> tuple[Loaded, list[dict[str, Any]]]:
     """All stages in turn, with a record of each."""
-    context = Context(source.task, source.calibration, run, source.train, config.train)
+    views = make_views(config, source.task, source.train, source.loaded, None) if _trains(config) else None
+    context = Context(source.task, source.calibration, run, source.train, config.train, views=views)
     current, records = source.loaded, []
     for name, values in stages(config):
         run.reporter.info(f"{name}: {current.parameters:,} parameters")
@@ -146,6 +147,10 @@ def _prove(source: _Source, saved: Loaded, config: RunConfig, run: Run) -> Proof
         return compare(source.task, saved, source.loaded, source.test, config, run)
     after, before = (Side(m.ref, m.revision, m.parameters, weight_bytes(m.folder), {}) for m in (saved, source.loaded))
     return Proof(after, before)
+
+
+def _trains(config: RunConfig) -> bool:
+    return any(COMPRESSORS.info(name).facts.get("trains") for name, _ in stages(config))
 
 
 def _trained(records: Sequence[dict[str, Any]]) -> int:

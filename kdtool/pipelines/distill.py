@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kdtool import lora
 from kdtool.card import write_card
 from kdtool.config import RunConfig
 from kdtool.data.examples import DataSplits, Examples
@@ -15,6 +16,7 @@ from kdtool.errors import DataProblem, QualityProblem, UsageProblem
 from kdtool.methods._base import Method
 from kdtool.models import Loaded, load
 from kdtool.pipelines import setup
+from kdtool.pipelines.caching import attach_cache, temperature_of
 from kdtool.pipelines.finished import read_proof
 from kdtool.pipelines.measured import check_metrics
 from kdtool.pipelines.output import KEPT_TEACHER, Output
@@ -29,7 +31,6 @@ from kdtool.run import Run
 from kdtool.saving import save_model
 from kdtool.tasks._base import TEACHER_PREFIX, Task
 from kdtool.tasks._views import PIXELS, ImageViews, Views
-from kdtool.teacher_cache import TeacherCache, fingerprint, is_of_another_run
 from kdtool.train import parallel
 from kdtool.train.loop import History, Trainer
 from kdtool.train.rehearsal import rehearse
@@ -38,9 +39,6 @@ from kdtool.verify import reload_check
 from kdtool.writing import typed
 
 _PROBE_ROWS = 8
-
-_WORTH = 1.25
-"""Epochs from which a teacher cache pays: its chunks are computed whole."""
 
 
 @dataclass(slots=True)
@@ -103,6 +101,8 @@ def get_ready(config: RunConfig, run: Run, work: Path | None = None) -> Ready:
             folder = work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
             data = prepared(method, task, data, config, run, folder)
         teacher = method.teacher_list[0] if method.teacher_list else teacher
+    if config.teacher.cache is not None:
+        temperature_of(method, config, "teacher.cache")
     encoded = setup.encode(task, data, student, teacher, config, run)
     encoded.train = packed(config, task, method, encoded.train)
     views = make_views(config, task, encoded.train, student, teacher)
@@ -159,52 +159,6 @@ def make_views(
     return ImageViews(task, rows, config.augment, processors, len(student.labels or []))
 
 
-def attach_cache(trainer: Trainer, ready: Ready, config: RunConfig, run: Run, default: Path) -> None:
-    """Let the method read its frozen teacher from a cache, where asked for or worth it.
-
-    Raises:
-        ConfigProblem, UsageProblem: the cache belongs to another run, or is too large.
-    """
-    train = config.train
-    wanted = train.teacher_cache if train.teacher_cache is not None else train.teacher_cache_dir is not None or None
-    views = ready.views
-    seen_again = trainer.plan.steps * train.grad_accum > _WORTH * trainer.plan.per_epoch * (views.count if views else 1)
-    if views is not None and not views.count:
-        if wanted:
-            raise UsageProblem(
-                "no teacher cache can hold the views of every epoch", hint="--set augment.views=8 uses eight in turn"
-            )
-        return
-    if ready.teacher is None or not ready.method.reads_teacher or wanted is False or not (wanted or seen_again):
-        return
-    if not ready.method.cacheable:
-        if wanted:
-            run.reporter.warn(f"no teacher cache: {config.method_name} compares hidden states or texts made meanwhile")
-        return
-    if not ready.task.classifies and trainer.plan.data.lengths is not None:
-        if wanted:
-            run.reporter.warn(
-                "no teacher cache: it keeps rows of equally many tokens, and prompts with responses differ"
-            )
-        return
-    folder = Path(train.teacher_cache_dir).expanduser() if train.teacher_cache_dir else default
-    data = trainer.plan.data
-    marks = fingerprint(ready.teacher, data, run, setup.processor_key(ready.teacher.processor), config.augment)
-    limit = train.teacher_cache_limit * 2**20
-    try:
-        with parallel.first_alone(run):
-            if run.rank == 0 and train.teacher_cache_dir is None and is_of_another_run(folder, marks):
-                shutil.rmtree(folder)  # our own, and what it was made with has changed since
-            cache = TeacherCache(folder, ready.task, ready.teacher, data, run, 0, marks, limit, views)
-    except UsageProblem as problem:
-        if wanted:
-            raise
-        run.reporter.info(f"no teacher cache: {problem.message}")
-        return
-    ready.method.caches[0] = cache
-    run.reporter.info(f"teacher cache: {cache.share:.0%} of {cache.size} rows are there")
-
-
 def train(ready: Ready, config: RunConfig, run: Run, output: Output) -> History:
     """Train the student of `ready`, from the last checkpoint if there is one; it holds the result then."""
     ready.method.folder, ready.method.held_out = output.kept, ready.encoded.validation
@@ -217,13 +171,17 @@ def train(ready: Ready, config: RunConfig, run: Run, output: Output) -> History:
         output.checkpoints,
         ready.views,
     )
-    attach_cache(trainer, ready, config, run, output.work / "teacher-cache")
+    attach_cache(trainer, ready.teacher, config, run, output.work / "teacher-cache")
     rehearse(trainer)
     run.reporter.info(
         f"training {ready.student.parameters:,} parameters for {trainer.plan.steps} steps ({config.method_name})"
     )
     history = trainer.train()
-    ready.student.model = parallel.gathered(ready.method.finish())
+    student = ready.student
+    student.model = parallel.gathered(ready.method.finish())
+    if config.student.lora_adapter and run.rank == 0:
+        lora.save_adapter(student.model, student.ref, student.revision, output.kept / lora.ADAPTER)
+    lora.merge(student.model)
     return history
 
 

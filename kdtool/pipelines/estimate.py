@@ -176,7 +176,8 @@ def _cache_bytes(config: RunConfig, teacher: Size | None, tokens: tuple[float, i
     if config.augment.active and not config.augment.views:
         return 0  # each epoch has views of its own
     units = tokens[2] * (tokens[1] - 1 if _predicts_tokens(config) else 1)
-    size = 4 * units * teacher.classes * _views(config)
+    kept = config.train.teacher_cache_top_k
+    size = units * (4 * teacher.classes if kept is None else 6 * min(kept, teacher.classes) + 4) * _views(config)
     return size if size <= config.train.teacher_cache_limit * 2**20 else 0
 
 

@@ -3,13 +3,15 @@
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 from kdtool.config import RunConfig
 from kdtool.errors import UsageProblem
 from kdtool.pipelines import setup
+from kdtool.pipelines.harness import is_harness, score
 from kdtool.pipelines.measured import check_metrics
 from kdtool.pipelines.prove import compare
-from kdtool.proof import Result
+from kdtool.proof import Proof, Result
 from kdtool.report import write_report
 from kdtool.run import Run
 from kdtool.runtime_onnx import load_for_scoring
@@ -28,9 +30,13 @@ def evaluate(config: RunConfig, run: Run | None = None) -> Result:
     began = time.perf_counter()
     run = run or setup.make_run(config)
     setup.begin(config, run)
-    setup.apply_benchmark(config)
     if config.student.model is None:
         raise UsageProblem("no model given", hint="kdtool evaluate MODEL --data DATA")
+    if is_harness(config):
+        proof, name = score(config, run)
+        main = next(iter(proof.student.metrics), "")
+        return _result(config, proof, {"task": name, "data": {"source": config.eval.benchmark}, "main": main}, began)
+    setup.apply_benchmark(config)
     task = setup.pick_task(config, config.student.model, run)
     check_metrics(config, task)
     data = setup.get_data(config, task, run, score_only=True)
@@ -51,6 +57,11 @@ def evaluate(config: RunConfig, run: Run | None = None) -> Result:
         "data": {"source": config.data.source, "rows": len(encoded.test), **_pinned(run)},
         "main": (config.eval.metrics or list(task.metrics))[0],
     }
+    return _result(config, proof, extra, began)
+
+
+def _result(config: RunConfig, proof: Proof, extra: dict[str, Any], began: float) -> Result:
+    """What was found, written to the output folder where there is one."""
     output = Path(config.output.folder).expanduser() if config.output.folder else None
     result = Result("evaluate", output, proof, time.perf_counter() - began, None, extra)
     if output is not None:

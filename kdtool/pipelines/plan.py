@@ -15,6 +15,7 @@ from kdtool.hub import ModelRef, fetch_config
 from kdtool.models import auto_class, plain_model_errors, read_config
 from kdtool.pipelines import setup
 from kdtool.pipelines.estimate import Size, estimate, size_of, tokens_of, without_layers
+from kdtool.pipelines.harness import is_harness
 from kdtool.pipelines.measured import check_metrics
 from kdtool.pipelines.prepare import check_teacher
 from kdtool.pipelines.push import check_push
@@ -56,7 +57,8 @@ def plan(config: RunConfig, run: Run | None = None, processes: int = 1) -> dict[
     run = run or setup.make_run(config)
     run.world = max(processes, int(os.environ.get("WORLD_SIZE", "1")))
     check_push(config, run)
-    setup.apply_benchmark(config)
+    if not (config.command == "evaluate" and is_harness(config)):
+        setup.apply_benchmark(config)
     if config.command == "distill":
         setup.apply_method(config)
         check_teacher(config)

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdtool.benchmarks import load_benchmark
+from kdtool import lora
+from kdtool.benchmarks import HARNESS, load_benchmark
 from kdtool.config import RunConfig
 from kdtool.data.examples import DataSplits, Examples
 from kdtool.data.labels import match_labels
@@ -34,6 +35,7 @@ from kdtool.pipelines.measured import check_responses
 from kdtool.registry import METHODS, TASKS
 from kdtool.run import Reporter, Run, Silent
 from kdtool.tasks._base import TEACHER_PREFIX, Task
+from kdtool.teacher_cache import read_marks
 from kdtool.train import parallel
 from kdtool.train.state import seed_everything
 
@@ -103,6 +105,11 @@ def apply_benchmark(config: RunConfig) -> None:
     """Fill in what a named benchmark says and the configuration leaves open."""
     if config.eval.benchmark is None:
         return
+    if config.eval.benchmark.startswith(HARNESS):
+        raise UsageProblem(
+            f"--benchmark {config.eval.benchmark} scores a finished model, it is no data for {config.command}",
+            hint=f"kdtool evaluate MODEL --benchmark {config.eval.benchmark}",
+        )
     benchmark = load_benchmark(config.eval.benchmark)
     for key in ("task", "source", "text", "text_pair", "label", "image", "audio", "train_split", "test_split"):
         value = getattr(benchmark, key)
@@ -131,6 +138,8 @@ def pick_task(config: RunConfig, reference: str | None, run: Run) -> Task:
         UsageProblem: unknown or not to be guessed.
     """
     name = config.data.task
+    if name is None and config.teacher.cache is not None:
+        name = read_marks(Path(config.teacher.cache).expanduser()).get("task")
     if name is None and reference is not None:
         path = Path(reference).expanduser()
         if path.suffix == ".json" and path.is_file():
@@ -325,6 +334,7 @@ def load_student(config: RunConfig, task: Task, data: DataSplits, teacher: Loade
         UsageProblem, ModelProblem: it cannot be had or does not fit.
     """
     reference = config.student.model
+    lora.check(config.student)
     if reference is None:
         raise UsageProblem("no student given", hint="--student layers:N, a folder, a Hub id or a configuration file")
     path = Path(reference).expanduser()
@@ -347,6 +357,7 @@ def load_student(config: RunConfig, task: Task, data: DataSplits, teacher: Loade
         student.facts["new_weights"] = ["all"]
     if data.labels:
         name_classes(student, data.labels)
+    lora.add(student, config.student, run)
     _freeze(student, config.student.freeze)
     return student
 

@@ -148,6 +148,10 @@ class Task:
         """Run a model on a batch."""
         raise NotImplementedError
 
+    def units(self, batch: Batch) -> Tensor:
+        """How many units each example of a language model's batch has, [examples] int64; `forward` keeps the order."""
+        raise NotImplementedError
+
     def has_states(self, model: nn.Module) -> bool:
         """Whether `states` can take the place of `forward`, so that no logits need be held as a whole."""
         return False

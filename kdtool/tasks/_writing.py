@@ -65,7 +65,7 @@ def write(
     """
     anything: Any = model
     causal = not anything.config.is_encoder_decoder
-    ends = _ends(anything, tokenizer)
+    ends = ends_of(anything, tokenizer)
     rooms = _rooms(anything, prompts, settings.longest, causal)
     texts = [""] * len(prompts)
     done, before = 0, anything.generation_config
@@ -119,7 +119,7 @@ def decoder_start(model: Any) -> int:
     )
 
 
-def _ends(model: Any, tokenizer: Any) -> list[int]:
+def ends_of(model: Any, tokenizer: Any) -> list[int]:
     """Ids that end a text: the tokenizer's, and those the model names, such as the end of a turn."""
     named = model.generation_config.eos_token_id
     found = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]

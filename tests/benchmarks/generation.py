@@ -4,12 +4,11 @@ Three rows: the student alone (sampled), the teacher alone, and the student repa
 against `generate` of the model that could write such texts: student, teacher, and teacher with the student as its
 assistant (speculative decoding, which transformers does for one row at a time). All take turns in one process.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/generation.py --teacher package:kdtool/quickstart/stories260k \
+    OMP_NUM_THREADS=1 python -m tests.benchmarks.generation --teacher package:kdtool/quickstart/stories260k \
         --student layers:3 --data tinystories
 """
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable
 
@@ -66,7 +65,10 @@ def theirs(models: list, ids: Tensor, length: int, gamma: int) -> Callable[[int]
 
 
 def measure(student: torch.nn.Module, teacher: torch.nn.Module, ids: Tensor, length: int, turns: int) -> dict:
-    """Median tokens a second of processor time by kdtool and by transformers; the first turn warms up."""
+    """Most tokens a second of processor time by kdtool and by transformers; the first turn warms up.
+
+    Other work on the machine only ever adds to a time, so the least of each is compared.
+    """
     pairs = {"student": [student], "teacher": [teacher], "repaired": [student, teacher]}
     made = {name: (own(models, ids, length, 5), theirs(models, ids, length, 5)) for name, models in pairs.items()}
     found: dict[str, tuple[list, list]] = {name: ([], []) for name in made}
@@ -76,7 +78,7 @@ def measure(student: torch.nn.Module, teacher: torch.nn.Module, ids: Tensor, len
                 count, seconds = timed(lambda write=write, turn=turn: write(turn))
                 if turn:
                     rates.append(count / seconds)
-    return {name: tuple(map(statistics.median, rates)) for name, rates in found.items()}
+    return {name: tuple(map(max, rates)) for name, rates in found.items()}
 
 
 def main() -> None:

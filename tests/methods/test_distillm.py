@@ -6,6 +6,7 @@ import torch
 from kdtool.config import TrainSection
 from kdtool.divergences import divergence
 from kdtool.run import Run, Silent
+from kdtool.tasks._base import ROWS
 from kdtool.train.loop import Trainer
 from kdtool.train.state import seed_everything
 from tests.kits import make_kit
@@ -83,7 +84,7 @@ def test_nothing_is_remembered_outside_training(kit):
 def test_recalled_texts_are_those_remembered(kit):
     method = kit.build("distillm", student_share=1.0, capacity=3).train()
     text = method.sampled(kit.batch([0, 1, 2, 3]), 0.25)
-    method._remember(text)
+    method._remember(text, kit.batch([0, 1, 2, 3])[ROWS])
     known = {tuple(ids[: int(c.nonzero()[-1]) + 1].tolist()) for ids, c in zip(text.ids, text.counts, strict=True)}
     counted = {tuple(ids[c].tolist()) for ids, c in zip(text.ids, text.counts, strict=True)}
     found = method._recalled(kit.batch([5, 6, 7, 8, 9]), 0.25)

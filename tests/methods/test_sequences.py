@@ -90,6 +90,9 @@ def test_what_is_written_never_leaves_the_models_positions(kit):
     method = build(kit, "on-policy", max_new_tokens=1000)
     method.stop = ()
     assert {len(whole) for whole, _ in texts(method, kit.batch([0, 1])).values()} == {method.positions}
+    method = build(kit, "on-policy", max_new_tokens=1000)
+    method.positions = int(method.prompts(kit.batch([0]))[0])
+    assert int(method.step(kit.batch([0]), 0.5).count) == 0
 
 
 def test_stop_strings_end_texts(kit):

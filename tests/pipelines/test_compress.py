@@ -131,6 +131,7 @@ def test_a_compressor_of_encoders_refuses_decoders(cli, models, data, tmp_path):
     done = cli(*command, "-o", tmp_path / "o", "--offline", *QUICK)
     assert done.code == 2
     assert "compressor 'wid' does not fit task 'causal-lm'" in done.problem
+    assert "it needs an encoder" in done.err
 
 
 def test_a_trained_compressor_makes_a_plain_model_that_can_be_fine_tuned(cli, models, data, tmp_path):
@@ -150,5 +151,22 @@ def test_a_trained_compressor_makes_a_plain_model_that_can_be_fine_tuned(cli, mo
     tuned = cli(
         "distill", "--student", tmp_path / "o", "--method", "none", "-d", data("text"), "--max-steps", "1",
         "-o", tmp_path / "tuned", "--offline", *QUICK,
+    )  # fmt: skip
+    assert tuned.code == 0, tuned.err
+
+
+def test_a_masked_language_model_becomes_narrower_and_a_classifier(cli, models, data, tmp_path):
+    settings = ["method.hidden=8", "method.strategy=head", "method.steps=17", "method.interval=1", "train.batch_size=4"]
+    given = [part for value in settings for part in ("--set", value)]
+    command = ["compress", models("masked-small"), "--method", "wid", *given, "-d", data("plain"), "-o", tmp_path / "o"]
+    done = cli(*command, "--json", "--offline", *QUICK)
+    assert done.code == 0, done.err
+    assert done.answer["task"] == "masked-lm"
+    assert done.answer["stages"][0]["made"]["merge_difference"] < 1e-5
+    config = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "o").config
+    assert (config.hidden_size, config.num_attention_heads, config.tie_word_embeddings) == (8, 1, False)
+    tuned = cli(
+        "distill", models("bert-small"), "--student", tmp_path / "o", "--task", "text-classification", "--method", "kd",
+        "-d", data("text"), "--max-steps", "1", "-o", tmp_path / "tuned", "--offline", *QUICK,
     )  # fmt: skip
     assert tuned.code == 0, tuned.err

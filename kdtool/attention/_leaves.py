@@ -1,0 +1,192 @@
+"""Leaves of keys: the directions in which keys and queries are told apart, and centroids weighted by pilot rows.
+
+Shapes: X independent sets, n keys or rows. All directions and weights are constant in the gradient.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kdtool.attention._tree import leaf_order, levels_for, rows_at
+
+_HIDDEN = float("-inf")
+FEATURES = 15
+"""Directions in which the spread of keys within leaves is measured."""
+_QUERY_FEATURES = 8
+_KEY_FEATURES = 6
+_VALUE_FEATURES = 10
+"""Directions in which trees measure distances."""
+_MOMENT_ROWS = 512
+"""Rows from which second moments are estimated."""
+_VALUE_SHARE = 3.0
+"""Spread of the values beside that of the keys in the metric of the tree; a leaf loses what differs in both."""
+_FLOOR = 1e-30
+"""Probability below which a pilot says nothing of a leaf."""
+
+
+class Summary(NamedTuple):
+    """Leaves of one set of keys.
+
+    Attributes:
+        order: [X, leaves size] numbers of keys, n and above for none; each leaf is consecutive.
+        k: [X, leaves, d] centroids.
+        v: [X, leaves, dv] centroids of the values.
+        bias: [X, leaves] log of the weight of a leaf, -inf for an empty one.
+    """
+
+    order: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor
+
+
+def pick(rows: Tensor, valid: Tensor | None, count: int) -> Tensor:
+    """`count` rows spread evenly over the valid ones, [X, count, d]; all of them if there are no more."""
+    total = rows.shape[1]
+    count = min(count, total)
+    place = (torch.arange(count, device=rows.device) * 2 + 1) * total // (2 * count)
+    if valid is None:
+        return rows.index_select(1, place)
+    position = torch.arange(total, device=rows.device)
+    first = torch.sort((~valid).long() * total + position, dim=1).values % total  # the valid ones in front
+    many = valid.sum(1, keepdim=True).clamp_min(1)
+    place = (torch.arange(count, device=rows.device) * 2 + 1) * many // (2 * count)
+    return rows_at(rows, first.gather(1, place))
+
+
+def rows_for_moments(rows: Tensor, valid: Tensor | None) -> Tensor:
+    """The rows that second moments are estimated from, [X, up to 512, d]."""
+    return rows if valid is None and rows.shape[1] <= _MOMENT_ROWS else pick(rows, valid, _MOMENT_ROWS)
+
+
+@torch.no_grad()
+def key_features(k: Tensor, valid: Tensor | None, queries: Tensor, count: int = _QUERY_FEATURES) -> Tensor:
+    """Directions of the key space in which keys act differently on these queries.
+
+    With M = L L^T the second moment of the queries, |L^T (k - k')|^2 is the mean squared difference of
+    two keys' logits; U spans the largest variances of k L.
+
+    Args:
+        k: [X, n, d]
+        valid: [X, n] keys that count; None for all.
+        queries: [X, rows, d]
+        count: Number of directions.
+
+    Returns:
+        [X, d, min(count, d)]: features of keys are k @ this.
+    """
+    queries = queries.float()
+    moment = queries.mT @ queries / queries.shape[1]
+    size = torch.diagonal(moment, dim1=1, dim2=2).mean(-1)[:, None, None]
+    eye = torch.eye(k.shape[-1], device=k.device)
+    lower = torch.linalg.cholesky(moment + (1e-4 * size + 1e-12) * eye)
+    return lower @ _main(rows_for_moments(k, valid).float() @ lower, count)
+
+
+@torch.no_grad()
+def value_features(v: Tensor, valid: Tensor | None, count: int = _VALUE_FEATURES) -> Tensor:
+    """Directions of the largest variances of values [X, n, dv], [X, dv, min(count, dv)]."""
+    return _main(rows_for_moments(v, valid).float(), count)
+
+
+def _main(x: Tensor, count: int) -> Tensor:
+    """Orthonormal directions of the largest variances of rows [X, n, d], [X, d, min(count, d)]."""
+    centred = x - x.mean(1, keepdim=True)
+    _, vectors = torch.linalg.eigh(centred.mT @ centred / x.shape[1])
+    return vectors[..., -count:]
+
+
+@torch.no_grad()
+def key_order(y: Tensor, z: Tensor, valid: Tensor | None, levels: int, size: int) -> Tensor:
+    """Order of the keys in which leaves are consecutive; keys of a leaf act alike and have like values.
+
+    What a centroid loses of its leaf is the part in which logits and values differ together.
+
+    Args:
+        y: [X, n, m] features of the keys, the main ones last.
+        z: [X, n, m] features of their values.
+        valid: [X, n] keys that count; None for all.
+        levels: Splits.
+        size: Keys of a leaf.
+
+    Returns:
+        [X, 2^levels size] int64, as of `leaf_order`.
+    """
+    parts = []
+    for seen, share in ((y[..., -_KEY_FEATURES:], 1.0), (z, _VALUE_SHARE)):
+        some = rows_for_moments(seen, valid)
+        spread = (some - some.mean(1, keepdim=True)).square().sum(-1).mean(-1).sqrt()
+        parts.append(seen * (share / spread.clamp_min(_FLOOR))[:, None, None])
+    return leaf_order(torch.cat(parts, -1), valid, levels, size)
+
+
+def summarise(
+    k: Tensor, v: Tensor, valid: Tensor | None, queries: Tensor, pilots: Tensor, scale: float, leaf: int
+) -> Summary:
+    """Group keys into leaves, and stand for each leaf by a centroid that is the same for all queries.
+
+    w_j ~ mean_i P_ij over the exact softmax rows P of pilot queries, and
+    bias_c = log(mean_i sum_{j in c} P_ij / mean_i exp(s q_i.k_c) / Z_i).
+
+    Args:
+        k: [X, n, d]
+        v: [X, n, dv]
+        valid: [X, n] keys that count; None for all.
+        queries: [X, rows, d] for the metric.
+        pilots: [X, rows, d] whose exact softmax rows weight the keys.
+        scale: Factor of the logits.
+        leaf: Largest leaf.
+    """
+    n = k.shape[1]
+    levels, size = levels_for(n, leaf)
+    with torch.no_grad():
+        y, z = k.float() @ key_features(k, valid, queries), v.float() @ value_features(v, valid)
+    order = key_order(y, z, valid, levels, size)
+    present = present_in(order, n, valid)
+    own_k, own_v = ordered(k, order), ordered(v, order)
+    with torch.no_grad():
+        logits = pilots.float() @ own_k.detach().float().mT * scale
+        if present is not None:
+            logits = logits.masked_fill(~present.unsqueeze(1), _HIDDEN)
+        top = logits.amax(-1, keepdim=True)
+        p = torch.exp(logits - top.masked_fill(top == _HIDDEN, 0.0))
+        total = p.sum(-1, keepdim=True).clamp_min(_FLOOR)
+        mean = ((1.0 / total).mT @ p).squeeze(1) / pilots.shape[1]  # [X, places]
+        weight = mean + 1e-3 / n
+        if present is not None:
+            weight = weight * present
+        weight = weight.unflatten(1, (-1, size))  # type: ignore[no-untyped-call]
+        mass = mean.unflatten(1, (-1, size)).sum(-1)  # type: ignore[no-untyped-call]
+        weight = weight / weight.sum(-1, keepdim=True).clamp_min(_FLOOR)
+    centre_k, centre_v = centroids(own_k, weight), centroids(own_v, weight)
+    with torch.no_grad():
+        far = torch.exp(pilots.float() @ centre_k.detach().float().mT * scale - top.masked_fill(top == _HIDDEN, 0.0))
+        stands = ((1.0 / total).mT @ far).squeeze(1) / pilots.shape[1]
+        count = float(size) if present is None else present.unflatten(1, (-1, size)).sum(-1).float()  # type: ignore[no-untyped-call]
+        count = torch.as_tensor(count, device=k.device).expand_as(mass)
+        known = (mass > _FLOOR) & (stands > _FLOOR)
+        bias = torch.where(known, torch.log(mass.clamp_min(_FLOOR) / stands.clamp_min(_FLOOR)), torch.log(count))
+        bias = bias.masked_fill(count == 0, _HIDDEN)
+    return Summary(order, centre_k, centre_v, bias)
+
+
+def centroids(rows: Tensor, weight: Tensor) -> Tensor:
+    """Weighted means of consecutive rows: [X, L c, d] with weights [X, L, c] to [X, L, d]."""
+    leaves, size = weight.shape[1:]
+    leaf = rows.reshape(-1, size, rows.shape[-1])
+    found = weight.to(rows.dtype).reshape(-1, 1, size) @ leaf
+    return found.reshape(rows.shape[0], leaves, -1)
+
+
+def present_in(order: Tensor, n: int, valid: Tensor | None) -> Tensor | None:
+    """Which places of an order hold a row that counts; None if all do."""
+    if valid is None:
+        return None if order.shape[1] == n else order < n
+    return (order < n) & valid.gather(1, order.clamp_max(n - 1))
+
+
+def ordered(x: Tensor, order: Tensor) -> Tensor:
+    """Rows of x [X, n, d] in an order [X, places]; places without a row repeat the last one."""
+    n = x.shape[1]
+    return rows_at(x, order if order.shape[1] == n else order.clamp_max(n - 1))
