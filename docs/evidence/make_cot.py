@@ -23,8 +23,8 @@ SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "bos_token": "[BOS]", "eo
 VALIDATION = 50
 SHARED = {"last_letter_concatenation": 30, "svamp": 4, "asdiv": 4}
 """In how many questions or their rationales a word must come to be a token."""
-SIZES = {"mentor": (4, 128), "student": (3, 96)}
-"""Layers and width."""
+SIZES = {"mentor": (4, 128), "student": (2, 64)}
+"""Layers and width; a head has 32 of it."""
 
 
 def rows_of(name: str) -> list[dict[str, str]]:
@@ -75,7 +75,7 @@ def main(name: str, folder: Path) -> None:
             vocab_size=len(made),
             hidden_size=width,
             num_hidden_layers=layers,
-            num_attention_heads=4,
+            num_attention_heads=width // 32,
             intermediate_size=3 * width,
             max_position_embeddings=512,
             tie_word_embeddings=True,
