@@ -13,7 +13,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
-from kdtool.errors import ConfigProblem, nearest
+from kdtool.errors import ConfigProblem, UsageProblem, nearest
 from kdtool.registry import ATTENTION, COMPRESSORS, EXPORTERS, METHODS, Plugin, Registry
 
 Command = Literal["distill", "compare", "compress", "patch-attention", "evaluate", "export"]
@@ -279,7 +279,18 @@ class RecoverSection(Section):
     steps: int | None = Field(None, gt=0)
     """Optimiser steps; without them nothing is trained."""
     method: str = "kd"
-    """Distillation method, with its default settings."""
+    """Distillation method."""
+    settings: dict[str, Any] = {}
+    """Its hyper-parameters, such as recover.settings.temperature=2."""
+
+
+class SearchSection(Section):
+    """Looking for the settings of compressors that meet a budget."""
+
+    budget: str | None = None
+    """What may be left, as a share: parameters=0.5, bytes=0.25 or latency=0.5."""
+    notches: int = Field(8, gt=1)
+    """Steps from all to nothing in which a setting is turned down, before the last one is found by bisection."""
 
 
 class OutputSection(Section):
@@ -320,6 +331,8 @@ class RuntimeSection(Section):
     """Number format of computation; auto is bfloat16 autocast on CUDA, float32 elsewhere."""
     threads: int | None = Field(None, gt=0)
     """CPU threads (default: what torch chooses)."""
+    stream: Literal["auto", "always", "never"] = "auto"
+    """Work weight by weight, never holding the model: auto does so where it and a copy would not fit into memory."""
     offline: bool = False
     """Never ask the network."""
     cache_dir: str | None = None
@@ -342,6 +355,7 @@ class RunConfig(Section):
     train: TrainSection = TrainSection()
     patch: PatchSection = PatchSection()
     recover: RecoverSection = RecoverSection()
+    search: SearchSection = SearchSection()
     eval: EvalSection = EvalSection()
     output: OutputSection = OutputSection()
     runtime: RuntimeSection = RuntimeSection()
@@ -366,6 +380,24 @@ def stages(config: RunConfig) -> list[tuple[str, dict[str, Any]]]:
     names = [name.strip() for name in config.method_name.split(",") if name.strip()]
     values = config.method_values
     return [(name, values if len(names) == 1 else dict(values.get(name) or {})) for name in names]
+
+
+def before_recovery(names: Sequence[str]) -> int:
+    """How many stages come before recovery: all but the last ones that training would undo or does not concern.
+
+    Raises:
+        UsageProblem: training would undo a stage before another one.
+    """
+    facts = [COMPRESSORS.info(name).facts for name in names]
+    count = len(names)
+    while count and (facts[count - 1].get("late") or not facts[count - 1].get("trainable", True)):
+        count -= 1
+    stuck = [name for name, fact in zip(names[:count], facts, strict=False) if not fact.get("trainable", True)]
+    if stuck:
+        raise UsageProblem(
+            f"--recover cannot train what {stuck[0]} makes", hint=f"put {stuck[0]} last: recovery comes before it"
+        )
+    return count
 
 
 def _check_stages(config: RunConfig, where: str) -> None:
@@ -640,6 +672,8 @@ def load_config(
         config.method = check_plugin_values(EXPORTERS.info(config.output.format), config.method, "method", where)
     elif command == "compress":
         _check_stages(config, where)
+        recovery = METHODS.info(config.recover.method)
+        config.recover.settings = check_plugin_values(recovery, config.recover.settings, "recover.settings", where)
     elif registry is not None and config.method_name:
         plugin = registry.info(config.method_name)
         checked = check_plugin_values(plugin, config.method_values, "method", where)

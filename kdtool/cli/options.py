@@ -182,6 +182,15 @@ RecoverMethod = Annotated[
         autocompletion=complete.names("methods"),
     ),
 ]
+Budget = Annotated[
+    str | None,
+    _option(
+        "--budget",
+        panel=METHOD,
+        text="Search settings that leave a share of parameters, bytes or latency.",
+        metavar="parameters=0.5",
+    ),
+]
 
 # Optimisation
 Epochs = Annotated[float | None, _option("--epochs", panel=OPTIMISATION, text="Passes over the data.", metavar="X")]
@@ -232,7 +241,7 @@ Benchmark = Annotated[
     _option(
         "--benchmark",
         panel=DATA,
-        text="Named benchmark: data, columns and metrics in one word.",
+        text="Named benchmark: data, columns and metrics in one word; or lm-eval:TASK.",
         metavar="NAME",
         autocompletion=complete.benchmarks,
     ),
@@ -317,6 +326,7 @@ KEYS: Mapping[str, str] = {
     "method": "method.name",
     "recover": "recover.steps",
     "recover_method": "recover.method",
+    "budget": "search.budget",
     "epochs": "train.epochs",
     "max_steps": "train.max_steps",
     "batch_size": "train.batch_size",

@@ -55,6 +55,7 @@ def attach_cache(trainer: Trainer, teacher: Loaded | None, config: RunConfig, ru
     data = trainer.plan.data
     marks = fingerprint(teacher, data, run, setup.processor_key(teacher.processor), config.augment, kept)
     marks |= {"task": method.task.name} if kept else {}
+    marks |= {"views": views.mark} if views is not None else {}
     limit = train.teacher_cache_limit * 2**20
     try:
         with parallel.first_alone(run):

@@ -13,6 +13,7 @@ from kdtool.pipelines.output import Output
 from kdtool.pipelines.probe import probe_batches
 from kdtool.pipelines.prove import weight_bytes
 from kdtool.pipelines.push import check_push, push
+from kdtool.pipelines.streamed import run_streamed, wanted
 from kdtool.proof import Proof, Result, Side
 from kdtool.registry import EXPORTERS
 from kdtool.report import write_manifest, write_report
@@ -40,6 +41,8 @@ def export(config: RunConfig, run: Run | None = None) -> Result:
     asked = config.model_copy(deep=True)
     output = Output(Path(config.output.folder).expanduser(), asked)
     try:
+        if wanted(config, run):
+            return _streamed(config, run, output, began)
         task = setup.pick_task(config, config.teacher.model, run)
         loaded = load_model(config.teacher.model, task.auto_class, run, "model")
         setup.check_trained(loaded, "model")
@@ -82,6 +85,17 @@ def export(config: RunConfig, run: Run | None = None) -> Result:
         extra["push"] = published
     if report.scored:
         extra["next"] = f"kdtool evaluate {output.folder} --data DATA"
+    return Result("export", output.folder, proof, time.perf_counter() - began, None, extra)
+
+
+def _streamed(config: RunConfig, run: Run, output: Output, began: float) -> Result:
+    """The result of an export weight by weight."""
+    proof, facts = run_streamed(config, run, output, began)
+    extra = {"format": config.output.format, **{key: facts[key] for key in ("dtype", "task", "checked")}}
+    extra["files"] = sorted(path.name for path in output.folder.glob("*.safetensors*"))
+    if config.output.push is not None:
+        extra["push"] = push(config, run, output.folder, proof)
+    extra["next"] = f"kdtool evaluate {output.folder} --data DATA"
     return Result("export", output.folder, proof, time.perf_counter() - began, None, extra)
 
 

@@ -105,6 +105,8 @@ def plan(config: RunConfig, run: Run | None = None, processes: int = 1) -> dict[
     if config.command == "compress":
         result["stages"] = [{"name": name, **values} for name, values in stages(config)]
         result["recover"] = {"method": config.recover.method, "steps": config.recover.steps or 0}
+        if config.search.budget is not None:
+            result["budget"] = config.search.budget
     result["estimate"] = estimate(config, run, student, teacher, tokens, steps)
     result["output"] = config.output.folder
     return result

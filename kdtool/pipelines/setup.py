@@ -349,6 +349,10 @@ def load_student(config: RunConfig, task: Task, data: DataSplits, teacher: Loade
         load_processor(student, task, run, teacher)
         if data.labels and not student.facts["new_weights"] and student.labels != data.labels:
             _check_student_labels(student, data.labels)
+    if getattr(student.model, "quantized", False):
+        raise ModelProblem(
+            f"student '{reference}' cannot be trained: its weights are quantised", hint="train first, then quantize"
+        )
     if config.student.init == "random" and student.facts["new_weights"] != ["all"]:
         layers = layers_of(student.model)
         student.model = type(student.model)(copy.deepcopy(student.model.config)).eval()
