@@ -18,6 +18,7 @@ from kdtool.pipelines import setup
 from kdtool.pipelines.estimate import Size, estimate, size_of, tokens_of, without_layers
 from kdtool.pipelines.harness import is_harness
 from kdtool.pipelines.measured import check_metrics
+from kdtool.pipelines.prepare import check_teacher
 from kdtool.pipelines.push import check_push
 from kdtool.registry import METHODS
 from kdtool.run import Run
@@ -59,14 +60,18 @@ def plan(config: RunConfig, run: Run | None = None, processes: int = 1) -> dict[
     check_push(config, run)
     if not (config.command == "evaluate" and is_harness(config)):
         setup.apply_benchmark(config)
-    first = config.teacher.model or config.student.model
-    task = setup.pick_task(config, first, run)
+    if config.command == "distill":
+        setup.apply_method(config)
+        check_teacher(config)
+    task = setup.pick_task(config, setup.first_model(config), run)
     check_metrics(config, task)
     result: dict[str, Any] = {"command": config.command, "task": task.name, "device": run.device, "seed": run.seed}
     teacher: Size | None = None
     student: Size | None = None
     tokens, steps = None, 0
-    if config.teacher.model:
+    if config.teacher.writes_only:
+        result["teacher"] = {"name": config.teacher.model}
+    elif config.teacher.model:
         count, revision, shape = _shape(config.teacher.model, task, run)
         teacher = size_of(*shape)
         result["teacher"] = {"name": config.teacher.model, "revision": revision, "parameters": count}
