@@ -13,13 +13,22 @@ from torch import Tensor
 
 from kdtool.attention._base import State
 from kdtool.attention._flash import Part, merged
-from kdtool.attention._leaves import FEATURES, key_features, key_order, ordered, pick, present_in, rows_for_moments, value_features
+from kdtool.attention._leaves import (
+    FEATURES,
+    key_features,
+    key_order,
+    ordered,
+    pick,
+    present_in,
+    rows_for_moments,
+    value_features,
+)
 from kdtool.attention._tree import leaf_order, levels_for, rows_at
 
 _HIDDEN = float("-inf")
 _SPREAD_ROWS = 1024
 """Rows from which the spread of the queries within blocks is estimated."""
-_MOST_GROWTH = 1.5
+_MOST_GROWTH = 3.0
 """Bound of the variance term, which is a second-order estimate and means nothing far away."""
 _AT_ONCE = 1 << 19
 """Logits of block means formed at a time: what fits a processor's cache, and bounds the memory."""
@@ -178,9 +187,7 @@ def make_leaves(k: Tensor, v: Tensor, valid: Tensor | None, made: Layout, size: 
     return Leaves(ordered(table, made.key_order).reshape(sets, -1, size, table.shape[-1]), hidden, widths)
 
 
-def centres(
-    leaves: Leaves, middle: Tensor, share: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def centres(leaves: Leaves, middle: Tensor, share: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """Centroids of all leaves for blocks with these mean queries; weights and biases are constant in the gradient.
 
     Args:
@@ -211,7 +218,8 @@ def centres(
         y = found[..., width + wide : width + wide + features]
         second = found[..., width + wide + features]
         grown = most_growth((second - y.square().sum(-1)).mul_(0.5 * share.unsqueeze(1)))
-        bias = mass - (found[..., :width] * middle.unsqueeze(1)).sum(-1) + grown
+        mass = mass + grown
+        bias = mass - (found[..., :width] * middle.unsqueeze(1)).sum(-1)
     return found.transpose(1, 2), bias.mT.contiguous(), mass
 
 
