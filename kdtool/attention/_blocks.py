@@ -43,7 +43,8 @@ class Layout(NamedTuple):
         query_order: [X, blocks rows] numbers of queries, each block consecutive.
         key_order: [X, leaves c] numbers of keys, each leaf consecutive.
         y: [X, n, m] features of the keys: squared distances are variances of logits' differences within blocks.
-        along: [X, d, m] directions in which distances between queries are measured.
+        directions: `query_features`, `features` [X, d, m] and `value_features` [X, dv, m], in which distances between
+            queries, keys and values are measured.
         middle: [X, blocks, d] mean queries.
         share: [X, blocks] spread of a block, relative to the mean over blocks.
     """
@@ -51,7 +52,7 @@ class Layout(NamedTuple):
     query_order: Tensor
     key_order: Tensor
     y: Tensor
-    along: Tensor
+    directions: State
     middle: Tensor
     share: Tensor
 
@@ -120,7 +121,7 @@ def lay_out(
     levels, size = levels_for(k.shape[1], sizes[1])
     y, z = k.float() @ (fixed["features"] * scale), v.float() @ fixed["value_features"]
     own = key_order(y, z, valid, levels, size)
-    return Layout(query_order, own, y, fixed["query_features"], middle, share)
+    return Layout(query_order, own, y, fixed, middle, share)
 
 
 def attend_in_blocks(
