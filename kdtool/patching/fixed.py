@@ -34,7 +34,7 @@ def check_fixable(method: str) -> None:
     if method not in _MAKERS:
         raise UsageProblem(
             f"patch.fixed does not apply to {method}",
-            why="it draws anew for each input",
+            why="it draws, or works out all it needs, anew for each input",
             hint=f"--method {' or '.join(_MAKERS)}",
         )
 
@@ -70,7 +70,7 @@ def check_exportable(model: nn.Module, ref: str) -> bool:
         if layer.method not in _MAKERS:
             raise UsageProblem(
                 f"the attention {layer.method} of '{ref}' cannot be exported",
-                why=f"module '{layer.name}' draws anew for each input",
+                why=f"module '{layer.name}' draws, or works out all it needs, anew for each input",
                 hint=f"patch it with --method {' or '.join(_MAKERS)} --set patch.fixed=true",
             )
         if not layer.state:
