@@ -30,6 +30,10 @@ class Measure(Protocol):
     """What compares rows of logits: a divergence, or a distance between blocks of rows."""
 
     @property
+    def aligned(self) -> bool:
+        """Whether columns of both logits are the same tokens."""
+
+    @property
     def block(self) -> int | None:
         """Most rows that make one problem; None where each row stands for itself."""
 
@@ -208,7 +212,8 @@ def _apart(measure: Any, mine: Tensor, teacher: Tensor | TopK | None) -> tuple[T
     if isinstance(teacher, TopK):
         return teacher.apart(mine, measure)
     assert teacher is not None
-    found: tuple[Tensor, Tensor] = measure.rows(mine, teacher[:, : mine.shape[1]].to(mine.dtype, copy=True))
+    theirs = teacher[:, : mine.shape[1]] if measure.aligned else teacher
+    found: tuple[Tensor, Tensor] = measure.rows(mine, theirs.to(mine.dtype, copy=True))
     return found
 
 
@@ -265,7 +270,8 @@ def compare_all(
     """
     plan = _plan_of(hidden, head, terms, ce_weight if labels is not None else 0.0, rows, vocabulary)
     if isinstance(teacher, tuple):
-        teacher = (teacher[0].detach(), teacher[1].cut(plan.vocabulary))
+        shared = all(measure.aligned for measure, _ in terms)
+        teacher = (teacher[0].detach(), teacher[1].cut(plan.vocabulary) if shared else teacher[1])
     flat = [one for piece in head.pieces(hidden) for one in piece]
     total, sums = _Compare.apply(plan, teacher, labels, head.bias, *flat)  # type: ignore[no-untyped-call]
     return total, sums

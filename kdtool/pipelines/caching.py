@@ -124,6 +124,11 @@ def _instead(trainer: Trainer, config: RunConfig, run: Run) -> TeacherCache:
             why=f"different {', '.join(told + [name for name in differing if name not in known])}",
             hint="the same --data and data.* settings, a student with the teacher's tokenizer, the same temperature",
         )
+    head = len(student.model.get_output_embeddings().weight)
+    if int(marks["vocabulary"]) > head:
+        raise ConfigProblem(
+            f"the teacher cache {folder} does not fit this run", why=f"its tokens go beyond the student's {head}"
+        )
     everything = {name: value for name, value in marks.items() if name != "rows"}
     cache = TeacherCache(folder, method.task, None, data, run, 0, everything, 2**63, None, kept)
     run.provenance["teacher_cache"] = {name: marks.get(name) for name in ("model", "revision", "k", "temperature")}

@@ -137,7 +137,7 @@ def pieces_of(rows: Examples, tokenizer: Any, settings: DataSection) -> tuple[li
     if plain and not settings.chat_template:
         prompts, answers = asked(rows, settings.separator), rows.columns["response"]
         return [
-            [Piece(_apart(prompt, settings.separator), False), Piece(response, True, True)]
+            [Piece(apart(prompt, settings.separator), False), Piece(response, True, True)]
             for prompt, response in zip(prompts, answers, strict=True)
         ], begin
     if not has_template:
@@ -163,7 +163,7 @@ def _message(role: str, text: str) -> dict[str, str]:
     return {"role": role, "content": text}
 
 
-def _apart(text: str, separator: str) -> str:
+def apart(text: str, separator: str) -> str:
     """Text with a separator behind it, unless it ends in white space or is empty."""
     return text if not text or text[-1].isspace() else text + separator
 
@@ -174,7 +174,7 @@ def asked(rows: Examples, separator: str) -> list[str]:
     if "input" not in rows.columns:
         return prompts
     pairs = zip(prompts, rows.columns["input"], strict=True)
-    return [_apart(prompt, separator) + given if given else prompt for prompt, given in pairs]
+    return [apart(prompt, separator) + given if given else prompt for prompt, given in pairs]
 
 
 def _plain_chat(messages: Conversation) -> list[Piece]:
