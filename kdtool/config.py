@@ -33,11 +33,15 @@ class Section(BaseModel):
         return value
 
 
+_ENDPOINT = "endpoint:"
+_TEXT_FILES = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".parquet")
+
+
 class TeacherSection(Section):
     """The model to learn from (or, for one-model commands, the model itself)."""
 
     model: str | None = None
-    """Folder, or Hub id with an optional @revision."""
+    """Folder, Hub id with an optional @revision; where a method learns from texts also endpoint:URL#MODEL or a file."""
     cache: str | None = None
     """Folder of a teacher cache that stands for the teacher, written cache:FOLDER in place of a model."""
     fine_tune: bool = False
@@ -48,6 +52,17 @@ class TeacherSection(Section):
     """Length of that fine-tuning."""
     fine_tune_lr: float = Field(1e-4, gt=0)
     """Peak learning rate of that fine-tuning."""
+
+    @property
+    def writes_only(self) -> bool:
+        """Whether it gives texts and no distributions: an endpoint, or a file of texts."""
+        return self.is_file or (self.model or "").startswith(_ENDPOINT)
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it is a file of texts."""
+        name = (self.model or "").lower()
+        return name.endswith(_TEXT_FILES) and not name.startswith(_ENDPOINT)
 
 
 class StudentSection(Section):
@@ -299,7 +314,7 @@ class OutputSection(Section):
     format: str = "safetensors"
     """Target format of export."""
     save_teacher: bool = False
-    """Keep the teacher that an online method trained, in the folder `teacher` of the output."""
+    """Keep the teacher that an online method trained, or a mentor, in the folder `teacher` of the output."""
     dtype: Literal["keep", "float32", "float16", "bfloat16"] = "keep"
     """Number format of the saved weights."""
     max_shard_size: str = "5GB"

@@ -1,6 +1,7 @@
 """Models in and out: finding, checking, loading and saving them through transformers."""
 
 import contextlib
+import hashlib
 import json
 import logging
 import pickle  # only its error is used
@@ -54,6 +55,14 @@ class Loaded:
     def parameters(self) -> int:
         """Number of parameters, shared ones counted once; a graph's come from its manifest."""
         return self.facts.get("parameters") or weights_of(self.model)
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Hash of all weights as they are in memory."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def read_config(folder: Path, name: str) -> dict[str, Any]:

@@ -43,6 +43,8 @@ class Layout(NamedTuple):
         query_order: [X, blocks rows] numbers of queries, each block consecutive.
         key_order: [X, leaves c] numbers of keys, each leaf consecutive.
         y: [X, n, m] features of the keys: squared distances are variances of logits' differences within blocks.
+        directions: `query_features`, `features` [X, d, m] and `value_features` [X, dv, m], in which distances between
+            queries, keys and values are measured.
         middle: [X, blocks, d] mean queries.
         share: [X, blocks] spread of a block, relative to the mean over blocks.
     """
@@ -50,6 +52,7 @@ class Layout(NamedTuple):
     query_order: Tensor
     key_order: Tensor
     y: Tensor
+    directions: State
     middle: Tensor
     share: Tensor
 
@@ -117,7 +120,8 @@ def lay_out(
         fixed["value_features"] = value_features(v, valid)
     levels, size = levels_for(k.shape[1], sizes[1])
     y, z = k.float() @ (fixed["features"] * scale), v.float() @ fixed["value_features"]
-    return Layout(query_order, key_order(y, z, valid, levels, size), y, middle, share)
+    own = key_order(y, z, valid, levels, size)
+    return Layout(query_order, own, y, fixed, middle, share)
 
 
 def attend_in_blocks(

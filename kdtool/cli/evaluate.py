@@ -35,7 +35,7 @@ def evaluate(
     metrics: o.Metrics = None,
     temperature_scaling: o.TemperatureScaling = None,
     limit: o.Limit = None,
-    lengths: o.EvalLengths = None,
+    lengths: o.Lengths = None,
     seed: o.Seed = None,
     output: o.Output = None,
     overwrite: o.Overwrite = None,

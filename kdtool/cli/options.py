@@ -148,14 +148,10 @@ MaxError = Annotated[
 ]
 Lengths = Annotated[
     str | None,
-    _option("--lengths", panel=METHOD, text="Numbers of keys to measure at (default 512,2048).", metavar="N,N,..."),
-]
-EvalLengths = Annotated[
-    str | None,
     _option(
         "--lengths",
         panel=DATA,
-        text="Measure time and memory at these sequence lengths, too, such as 512,2048,8192.",
+        text="Tokens of the inputs to measure at (patch-attention: default 512,2048; evaluate: time and memory).",
         metavar="N,N,...",
     ),
 ]

@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kdtool.compressors._base import Context, divergence, renumber
+from kdtool.data.examples import Examples
 from kdtool.errors import KdtoolError, ModelProblem
 from kdtool.models import Loaded
 from kdtool.registry import COMPRESSORS
@@ -52,12 +54,21 @@ class Standing:
         batches = self.context.batches
         batches = None if batches is None else [renumber(batch, ids) for batch in batches]
         kept = made.facts["kept"] if kept is None else kept[made.facts["kept"]]
-        context = replace(self.context, batches=batches, rows=None)
+        context = replace(self.context, batches=batches, rows=_renumbered(self.context, ids))
         return Standing(made, context, [renumber(probe, ids) for probe in self.probes], kept)
 
     def change(self, expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
         """Divergence of outputs from those of the first model, on the tokens that both know."""
         return divergence([_shared(e, f, self.kept) for e, f in zip(expected, found, strict=True)], found)
+
+
+def _renumbered(context: Context, ids: Tensor) -> Examples | None:
+    """Training rows in the numbers of another vocabulary; None for language models, whose rows hold more."""
+    rows = context.rows
+    if rows is None or not context.task.classifies:
+        return None
+    columns = {**rows.columns, "input_ids": [ids.numpy()[np.asarray(row)] for row in rows.columns["input_ids"]]}
+    return Examples(columns, rows.lengths)
 
 
 def _shared(old: Tensor, new: Tensor, kept: Tensor | None) -> Tensor:

@@ -19,7 +19,7 @@ from kdtool.card import write_card
 from kdtool.compressors._base import Context, Made, skeleton
 from kdtool.compressors.vocab import renumber_config
 from kdtool.config import RunConfig, stages
-from kdtool.errors import KdtoolError, ModelProblem, UsageProblem
+from kdtool.errors import KdtoolError, UsageProblem
 from kdtool.exporters._base import save_parts
 from kdtool.lazy import State
 from kdtool.models import Loaded, fit, load_skeleton, resolve
@@ -27,7 +27,7 @@ from kdtool.pipelines import setup
 from kdtool.pipelines.output import Output
 from kdtool.pipelines.prove import weight_bytes
 from kdtool.proof import Proof, Side
-from kdtool.registry import COMPRESSORS, TASKS
+from kdtool.registry import COMPRESSORS, check_fit
 from kdtool.report import write_manifest, write_report
 from kdtool.run import Run
 from kdtool.saving import stored_dtype
@@ -157,14 +157,15 @@ def run_streamed(config: RunConfig, run: Run, output: Output, began: float) -> t
     """
     assert config.teacher.model is not None
     task = setup.pick_task(config, config.teacher.model, run)
+    for name, _ in stages(config) if config.command == "compress" else ():
+        check_fit(name, task.name, COMPRESSORS)
     loaded, state = load_skeleton(config.teacher.model, task.auto_class, run)
     source = loaded.folder
-    if source is None or task.name not in TASKS.names():
-        raise ModelProblem(f"'{config.teacher.model}' is no folder of weights")
+    assert source is not None
     setup.load_processor(loaded, task, run)
     run.reporter.info(f"weight by weight: {loaded.parameters:,} parameters are never held together")
     before = Side(loaded.ref, loaded.revision, loaded.parameters, weight_bytes(source), {})
-    made, state, records = loaded, state, list[Any]()
+    made, records = loaded, list[Any]()
     if config.command == "compress":
         made, state, records = _change(loaded, state, _context(task, loaded, config, run), config)
     dtype = _write(made, state, source, output.staging, config, run)
