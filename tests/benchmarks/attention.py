@@ -10,7 +10,7 @@ KDEformer's two experiments (one sequence of the batch), and the table holds tim
 which values do not matter.
 
 Usage: OMP_NUM_THREADS=1 python tests/benchmarks/attention.py [--lengths 8192,32768] [--start 0] [--turns 7]
-           [--causal] [--methods cluster,hyper] [--defaults] [--shapes]
+           [--causal] [--methods cluster,hyper] [--settings leaf=64,block=128] [--defaults] [--shapes]
 """
 
 import argparse
@@ -153,6 +153,9 @@ def main() -> None:
     parser.add_argument("--causal", action="store_true")
     parser.add_argument("--start", type=int, default=0, help="first token of the text")
     parser.add_argument("--defaults", action="store_true", help="default settings only, as a patched layer")
+    parser.add_argument(
+        "--settings", default="", help="settings to try in the place of the listed ones: leaf=64,block=128"
+    )
     parser.add_argument("--shapes", action="store_true", help="the shapes of KDEformer's experiments")
     parser.add_argument("--data", default="../shared/data/text/wikitext2")
     args = parser.parse_args()
@@ -160,6 +163,9 @@ def main() -> None:
         shapes(args.turns)
         return
     names = args.methods.split(",") if args.methods else ATTENTION.names()
+    if args.settings:
+        values = {key: int(value) for key, value in (pair.split("=") for pair in args.settings.split(","))}
+        SETTINGS[:] = [(name, values) for name in names]
     chosen = [(name, values) for name, values in SETTINGS if name in names and not (values and args.defaults)]
     print("| n | layer | operator | settings | spectral error | times SDPA's speed |\n|---|---|---|---|---|---|")
     lengths = [int(length) for length in args.lengths.split(",")]
