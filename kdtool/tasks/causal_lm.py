@@ -76,7 +76,7 @@ class Task(LanguageTask):
             DataProblem: the method compares token with token.
         """
         name = config.method_name
-        if config.command != "distill":
+        if config.command not in ("distill", "compare"):
             raise DataProblem("the two models have different tokenizers", hint="evaluate them one by one")
         if not METHODS.info(name).facts.get("other_tokenizers"):
             raise DataProblem(
