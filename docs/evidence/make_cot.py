@@ -1,10 +1,10 @@
-"""Folders for docs/evidence/mentor-kd.md: questions with answers, and small models that have not been trained.
+"""Folders for docs/evidence/mentor-kd.md: questions with answers, and a small model that has not been trained.
 
     python docs/evidence/make_cot.py SET FOLDER
 
-SET is last_letter_concatenation, svamp or asdiv; FOLDER gets `data` (train, validation, test), `mentor` and
-`student` (configuration and tokenizer). Words that many training questions share are tokens, all others are spelt
-letter by letter, numbers digit by digit: small models could not learn the letters inside of tokens.
+SET is last_letter_concatenation, svamp or asdiv; FOLDER gets `data` (train, validation, test) and `start` (the
+configuration and the tokenizer of a model to be trained). Words that many training questions share are tokens,
+all others are spelt letter by letter, numbers digit by digit: small models could not learn letters inside of tokens.
 """
 
 import gzip
@@ -23,8 +23,7 @@ SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "bos_token": "[BOS]", "eo
 VALIDATION = 50
 SHARED = {"last_letter_concatenation": 30, "svamp": 4, "asdiv": 4}
 """In how many questions or their rationales a word must come to be a token."""
-SIZES = {"mentor": (4, 128), "student": (2, 64)}
-"""Layers and width; a head has 32 of it."""
+LAYERS, WIDTH = 4, 128
 
 
 def rows_of(name: str) -> list[dict[str, str]]:
@@ -70,20 +69,19 @@ def main(name: str, folder: Path) -> None:
     write(folder / "data" / "test.jsonl", test)
     training = set(parts["train"])
     made = tokenizer([row for row in rows if row["question"] in training], SHARED[name])
-    for role, (layers, width) in SIZES.items():
-        transformers.LlamaConfig(
-            vocab_size=len(made),
-            hidden_size=width,
-            num_hidden_layers=layers,
-            num_attention_heads=width // 32,
-            intermediate_size=3 * width,
-            max_position_embeddings=512,
-            tie_word_embeddings=True,
-            pad_token_id=made.pad_token_id,
-            bos_token_id=made.bos_token_id,
-            eos_token_id=made.eos_token_id,
-        ).save_pretrained(folder / role)
-        made.save_pretrained(folder / role)
+    transformers.LlamaConfig(
+        vocab_size=len(made),
+        hidden_size=WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=WIDTH // 32,
+        intermediate_size=3 * WIDTH,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        pad_token_id=made.pad_token_id,
+        bos_token_id=made.bos_token_id,
+        eos_token_id=made.eos_token_id,
+    ).save_pretrained(folder / "start")
+    made.save_pretrained(folder / "start")
     lengths = Counter(len(made(row["question"] + " " + row["rationale"])["input_ids"]) // 50 * 50 for row in rows)
     print(f"{len(made)} tokens; rows of training by length: {sorted(lengths.items())}")
 
