@@ -28,14 +28,13 @@ _PATIENCE = 2.0
 _SHORTEST = 128
 
 _LEAVES = [
-    {"leaf": 64, "near": 0},
-    {"leaf": 32, "near": 0},
-    {"leaf": 16, "near": 0},
-    {"leaf": 64, "near": 4},
-    {"leaf": 32, "near": 8},
-    {"leaf": 16, "near": 8},
-    {"leaf": 16, "near": 16},
-    {"leaf": 16, "near": 32},
+    {"leaf": 128, "near": 0, "block": 256},
+    {"leaf": 64, "near": 0, "block": 128},
+    {"leaf": 32, "near": 0, "block": 64},
+    {"leaf": 16, "near": 0, "block": 64},
+    {"leaf": 32, "near": 8, "block": 64},
+    {"leaf": 16, "near": 16, "block": 64},
+    {"leaf": 16, "near": 32, "block": 64},
 ]
 _BUCKETS = [{"bucket": size, "samples": size} for size in (64, 128, 256, 512)]
 _LADDERS: Mapping[str, Sequence[Mapping[str, int]]] = {
@@ -114,7 +113,9 @@ def candidates(method: str, fixed: Mapping[str, Any], causal: bool) -> list[dict
     found: list[dict[str, Any]] = []
     for step in _LADDERS.get(method, [{}]):
         if causal and step.get("near"):
-            continue  # near leaves are not used there
+            continue  # near leaves are not used there, and neither are blocks of queries
+        if causal:
+            step = {key: value for key, value in step.items() if key != "block"}
         one = {key: value for key, value in step.items() if key in known} | dict(fixed)
         if one not in found:
             found.append(one)

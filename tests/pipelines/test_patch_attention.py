@@ -67,11 +67,11 @@ def test_a_run_says_what_became_of_each_layer(patched):
 def test_it_leaves_a_documented_model(patched, model):
     _, folder = patched
     report = (folder / "report.md").read_text()
-    assert "| cluster leaf=1, near=0 |" in report
+    assert "| cluster leaf=1, near=0, block=256 |" in report
     assert "patched model | exact model" in report
     assert (folder / "plots" / "attention.png").is_file()
     assert "kdtool.load" in (folder / "README.md").read_text()
-    assert json.loads((folder / "kdtool.json").read_text())["layers"][0]["settings"] == {"leaf": 1, "near": 0}
+    assert json.loads((folder / "kdtool.json").read_text())["layers"][0]["settings"] == {"leaf": 1, "near": 0, "block": 256}
     said = json.loads((folder / "config.json").read_text())["kde_attention"]
     assert len(said["layers"]) == 2
     assert len(patching.layers_of(kdtool.load(folder))) == 2
