@@ -222,6 +222,26 @@ def test_gradient_of_values_matches_differences(name, causal):
     torch.testing.assert_close((found[2] * step).sum(), (ends[0] - ends[1]) / 2, rtol=1e-4, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["exact", "hyper", "kdeformer"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_gradients_of_queries_and_keys_match_differences(name, causal):
+    """Codes of a hash change in jumps only, and samples are drawn evenly or by v: a small step moves neither."""
+    n = 45 if causal else 20
+    q, k, v = (x[:1, :2, :n].requires_grad_() for x in inputs(dtype=torch.float64))
+    call = Call(0.35, causal=causal)
+    generator = torch.Generator().manual_seed(3)
+    upstream, step_q, step_k = (torch.randn(q.shape, dtype=torch.float64, generator=generator) for _ in range(3))
+    found = torch.autograd.grad((operator(name)(q, k, v, call)[0] * upstream).sum(), (q, k))
+    size = 1e-6
+    with torch.no_grad():
+        ends = [
+            (operator(name)(q + sign * size * step_q, k + sign * size * step_k, v, call)[0] * upstream).sum()
+            for sign in (1, -1)
+        ]
+    expected = (ends[0] - ends[1]) / (2 * size)
+    torch.testing.assert_close((found[0] * step_q).sum() + (found[1] * step_k).sum(), expected, rtol=1e-5, atol=1e-8)
+
+
 @each
 @any_call
 def test_without_the_kernel_the_same_comes_out(name, call, monkeypatch):
