@@ -4,8 +4,8 @@ Usage: python docs/evidence/make_documents.py DATA FOLDER WORDS TRAIN TEST [SHAR
 
 DATA holds train.jsonl.gz or validation.jsonl.gz, and test.jsonl.gz. Rows with classes: a document is a shuffled mixture
 of rows in which one class has the SHARE (default 0.4) and the others have equal parts; that class is its label. Rows
-without classes follow each other, and the label is that of a classifier to be calibrated, which means nothing:
-SHARE is its name then.
+without classes follow each other; SHARE holds class names of a classifier to be calibrated then, separated by commas,
+which the documents get in turn and which mean nothing.
 """
 
 import gzip
@@ -44,11 +44,12 @@ def mixed(rows: list[dict[str, Any]], words: int, count: int, share: float, seed
     return made
 
 
-def plain(rows: list[dict[str, Any]], words: int, count: int, label: str) -> list[dict[str, Any]]:
+def plain(rows: list[dict[str, Any]], words: int, count: int, names: str) -> list[dict[str, Any]]:
     """Consecutive rows joined."""
+    labels = names.split(",")
     stream = " ".join(row["text"] for row in rows).split()
     parts = [stream[start : start + words] for start in range(0, len(stream) - words, words)]
-    return [{"text": " ".join(part), "label": label} for part in parts[:count]]
+    return [{"text": " ".join(part), "label": labels[i % len(labels)]} for i, part in enumerate(parts[:count])]
 
 
 def main(data: Path, folder: Path, words: int, train: int, test: int, share: str = "0.4") -> None:

@@ -62,6 +62,8 @@ def merged(q: Tensor, parts: Sequence[Part], scale: float) -> tuple[Tensor, Tens
         which carries no gradient. Rows that see no key are zero, with lse -inf.
     """
     width, wide = q.shape[-1], parts[0].v.shape[-1]
+    if len(parts) == 1 and wide == width and parts[0].tiles is None and not _learns(q, parts[0]):
+        return _attend(q, *parts[0][:4], scale)
     biases = [None if p.bias is None else p.bias.detach() for p in parts]
     spec = (scale, tuple(p.causal for p in parts), biases, tuple(p.tiles for p in parts))
     outs = []
@@ -76,6 +78,11 @@ def merged(q: Tensor, parts: Sequence[Part], scale: float) -> tuple[Tensor, Tens
     assert lse is not None
     out = outs[0] if len(outs) == 1 else torch.cat(outs, -1)
     return out[..., :wide], lse
+
+
+def _learns(q: Tensor, part: Part) -> bool:
+    """Whether a gradient may be asked for; where none is, short attention is spared the detour."""
+    return torch.is_grad_enabled() and (q.requires_grad or part.k.requires_grad or part.v.requires_grad)
 
 
 class _Merged(torch.autograd.Function):

@@ -39,6 +39,8 @@ def attend(
     Returns:
         out [B, Hq, nq, dv] and lse [B, Hq, nq].
     """
+    if call.key_mask is None and call.window is None and call.bias is None and q.shape == k.shape == v.shape:
+        return merged(q, [Part(k, v, None, call.causal)], call.scale)  # what short inputs have time for
     heads = q.shape[1]
     k, v = repeat_heads(k, heads), repeat_heads(v, heads)
     nq, n = q.shape[2], k.shape[2]

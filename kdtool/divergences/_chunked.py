@@ -19,9 +19,11 @@ from kdtool.divergences._top_k import TopK
 Teacher = tuple[Tensor, Head] | Tensor | TopK
 """Hidden states and head, logits [tokens, vocabulary], or what is kept of the most likely tokens."""
 
-_LOGITS = {"cpu": 6 * 2**20}
-"""Logits of one model in a chunk: on a CPU 24 MiB, elsewhere enough to keep the device busy."""
+_LOGITS = {"cpu": 10 * 2**20}
+"""Most logits of one model in a chunk: on a CPU 40 MiB, elsewhere enough to keep the device busy."""
 _MANY = 2**26
+_ROWS = {"cpu": 192}
+"""Most tokens in a chunk: on a CPU as many as bring matrix products to their speed."""
 _IN_CACHE = 2**17
 """Logits that a CPU goes over several times at once, so that they stay in its cache."""
 
@@ -234,7 +236,9 @@ def _plan_of(
         scale=head.scale,
         cap=head.cap,
         ce_weight=ce_weight,
-        rows=min(blocks) if blocks else rows or max(1, _LOGITS.get(device, _MANY) // size),
+        rows=min(blocks)
+        if blocks
+        else rows or max(1, min(_ROWS.get(device, _MANY), _LOGITS.get(device, _MANY) // size)),
         vocabulary=min(size, vocabulary or size),
         kind=torch.get_autocast_dtype(device) if autocast else hidden.dtype,
         exact=torch.float64 if hidden.dtype == torch.float64 else torch.float32,

@@ -8,31 +8,18 @@ from collections.abc import Callable, Mapping
 from torch import Tensor, nn
 
 from kdtool.attention._base import State
-from kdtool.attention._leaves import key_features, ordered, pick, rows_for_moments, value_features
-from kdtool.attention._tree import leaf_order, levels_for
+from kdtool.attention._blocks import lay_out
 from kdtool.attention.cluster import Config
 from kdtool.errors import UsageProblem
 from kdtool.patching.interface import Layer
 from kdtool.patching.saving import layers_of
 
-_SPREAD_ROWS = 1024
-"""Rows from which the spread of the queries within blocks is estimated."""
-
 
 def _cluster(q: Tensor, k: Tensor, v: Tensor) -> State:
-    """Directions of the trees over queries, keys and values, as `kdtool.attention.cluster` makes them of an input."""
-    keys, values = k[0].float(), v[0].float()
-    queries = q[0].reshape(len(keys), -1, q.shape[-1]).float()
-    seen = rows_for_moments(keys, None)
-    apart = key_features(queries, None, seen - seen.mean(1, keepdim=True))
-    levels, size = levels_for(queries.shape[1], Config().block)
-    blocks = ordered(queries, leaf_order(queries @ apart, None, levels, size)).unflatten(1, (-1, size))  # type: ignore[no-untyped-call]
-    away = (blocks - blocks.mean(2, keepdim=True)).flatten(1, 2)
-    return {
-        "query_features": apart,
-        "features": key_features(keys, None, pick(away, None, _SPREAD_ROWS)),
-        "value_features": value_features(values, None),
-    }
+    """Directions of the trees over queries, keys and values, with blocks of the default size."""
+    rows = q[0].reshape(k.shape[1], -1, q.shape[-1])
+    sizes = (Config().block, Config().leaf, 0)  # leaves do not shape the directions, blocks do a little
+    return lay_out(rows, k[0], v[0], None, None, 1.0, sizes, None).directions
 
 
 _MAKERS: Mapping[str, Callable[[Tensor, Tensor, Tensor], State]] = {"cluster": _cluster}
@@ -47,7 +34,7 @@ def check_fixable(method: str) -> None:
     if method not in _MAKERS:
         raise UsageProblem(
             f"patch.fixed does not apply to {method}",
-            why="it draws anew for each input",
+            why="it draws, or works out all it needs, anew for each input",
             hint=f"--method {' or '.join(_MAKERS)}",
         )
 
@@ -83,7 +70,7 @@ def check_exportable(model: nn.Module, ref: str) -> bool:
         if layer.method not in _MAKERS:
             raise UsageProblem(
                 f"the attention {layer.method} of '{ref}' cannot be exported",
-                why=f"module '{layer.name}' draws anew for each input",
+                why=f"module '{layer.name}' draws, or works out all it needs, anew for each input",
                 hint=f"patch it with --method {' or '.join(_MAKERS)} --set patch.fixed=true",
             )
         if not layer.state:

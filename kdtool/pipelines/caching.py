@@ -94,7 +94,7 @@ def temperature_of(method: Any, config: RunConfig, what: str) -> float:
         raise UsageProblem(
             f"{what}: method {config.method_name} on {method.task.name} cannot learn from likely tokens alone",
             why="it needs all logits, more than one temperature, or is not for language models",
-            hint="--method kd on causal-lm can",
+            hint="--method kd and supervised-kd on causal-lm can",
         )
     return float(found)
 

@@ -116,13 +116,16 @@ def _fixed_length(config: RunConfig, task: Task, loaded: Loaded) -> int | None:
         if length is not None:
             raise UsageProblem("method.length is for the graph of a model with patched attention")
         return None
-    if "text" not in task.columns:
-        if "image" not in task.columns or length is not None:
-            raise UsageProblem(
-                f"patched attention is not exported for {task.name} with a length",
-                hint="images have one length, and text takes --set method.length=N",
-            )
+    if "image" in task.columns:
+        if length is not None:
+            raise UsageProblem("method.length is for text: the images of a model have one size")
         return None
+    if "text" not in task.columns:
+        raise UsageProblem(
+            f"patched attention is not exported for {task.name}",
+            why="its inputs have no fixed length",
+            hint="export the exact model",
+        )
     if length is None:
         raise UsageProblem(
             f"the graph of '{loaded.ref}' needs one length",

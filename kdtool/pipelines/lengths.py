@@ -1,6 +1,5 @@
 """Time and peak memory of models at given sequence lengths, on real text joined and cut to them."""
 
-import contextlib
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -188,11 +187,13 @@ def as_json(proof: Proof, real: dict[int, int], notes: Sequence[str]) -> dict[st
     mine, other = proof.student.lengths, proof.teacher.lengths if proof.teacher else {}
     found: dict[str, Any] = {"student": mine, "teacher": other, "real_tokens": real, "notes": list(notes)}
     for name, key in (("ratio", "median_ms"), ("memory_ratio", "peak_bytes")):
-        found[name] = {}
-        for length in other:
-            with contextlib.suppress(TypeError, ZeroDivisionError):  # memory of a graph is not known
-                found[name][length] = other[length][key] / mine[length][key]  # type: ignore[operator]
+        found[name] = {length: _ratio(other[length][key], mine[length][key]) for length in other}
     return found
+
+
+def _ratio(other: float | None, mine: float | None) -> float | None:
+    """How many times as much the other takes; None where one is not known, such as the memory of a graph."""
+    return other / mine if other is not None and mine else None
 
 
 def notes_on(proof: Proof, real: dict[int, int]) -> list[str]:

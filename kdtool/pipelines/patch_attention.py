@@ -212,7 +212,7 @@ def _choose(config: RunConfig, run: Run, task: Task, loaded: Loaded, rows: Examp
     if short < wanted:
         raise DataProblem(
             f"the calibration rows hold only {short} positions, and --lengths asks for {wanted}",
-            hint="name more rows with --calibrate, or shorter --lengths",
+            hint="name more rows with --calibrate, or shorter --lengths; texts are cut at data.max_length",
         )
     made: dict[int, Choice] = {}
     for site, found in zip(open_sites, seen, strict=True):

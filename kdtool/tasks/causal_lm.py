@@ -76,10 +76,12 @@ class Task(LanguageTask):
             DataProblem: the method compares token with token.
         """
         name = config.method_name
-        if name not in METHODS.names() or not METHODS.info(name).facts.get("other_tokenizers"):
+        if config.command not in ("distill", "compare"):
+            raise DataProblem("the two models have different tokenizers", hint="evaluate them one by one")
+        if not METHODS.info(name).facts.get("other_tokenizers"):
             raise DataProblem(
                 "teacher and student have different tokenizers",
-                why=f"{name or config.command} compares token with token",
+                why=f"{name} compares token with token",
                 hint="--method span-kd or uld compares texts; or choose a student with the teacher's tokenizer",
             )
         self.remember(student, config)

@@ -4,11 +4,13 @@ Queries, keys and values are those of MiniLM-L6 on real text, fed in windows of 
 joined (heads 0 and 4). Each turn times every operator once; a ratio is SDPA's least processor time divided
 by the operator's. Errors are spectral norms relative to the exact output, mean over heads.
 
-With --shapes the inputs are normal ones of the shapes of KDEformer's two experiments (one sequence of the
-batch), and the table holds times and counted multiply-adds, for which values do not matter.
+With --defaults every operator has its default settings and is called as a layer of a patched model calls it, short
+inputs included, beside the same layer without a patch. With --shapes the inputs are normal ones of the shapes of
+KDEformer's two experiments (one sequence of the batch), and the table holds times and counted multiply-adds, for
+which values do not matter.
 
 Usage: OMP_NUM_THREADS=1 python tests/benchmarks/attention.py [--lengths 8192,32768] [--start 0] [--turns 7]
-           [--causal] [--methods cluster,hyper] [--defaults] [--shapes]
+           [--causal] [--methods cluster,hyper] [--settings leaf=64,block=128] [--defaults] [--shapes]
 """
 
 import argparse
@@ -21,11 +23,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+from torch.nn import Module, functional
 from transformers import AutoModel, AutoTokenizer
 
 from kdtool.attention._base import Call
 from kdtool.patching.cost import BIGGAN, T2T, exact_cost, kdeformer_cost, multiply_adds
+from kdtool.patching.interface import Layer, attention, set_layer
 from kdtool.registry import ATTENTION
 
 HEADS = (0, 4)
@@ -70,6 +73,11 @@ def captured(tokens: int, layer: int, source: str, start: int = 0) -> tuple[Tens
     return tuple(x.view(1, tokens, 12, 32).transpose(1, 2)[:, list(HEADS), :wanted].contiguous() for x in made)  # type: ignore[return-value]
 
 
+def patched(module: Module, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """What a layer of a patched model computes; a module without a patch is exact."""
+    return attention(module, q, k, v, None, scaling=q.shape[-1] ** -0.5, is_causal=causal)[0].transpose(1, 2)
+
+
 def error(found: Tensor, exact: Tensor) -> float:
     """Relative spectral error, mean over heads."""
     norm = torch.linalg.matrix_norm
@@ -94,6 +102,7 @@ SETTINGS: list[tuple[str, dict[str, int]]] = [
     ("cluster", {"leaf": 64, "block": 64}),
     ("cluster", {"leaf": 64, "block": 128}),
     ("cluster", {"leaf": 128, "block": 128}),
+    ("cluster", {"leaf": 128, "block": 256}),
     ("cluster", {"leaf": 32, "block": 64, "near": 4}),
     ("kdeformer", {}),
     ("kdeformer-paper", {}),
@@ -143,7 +152,10 @@ def main() -> None:
     parser.add_argument("--methods", default="")
     parser.add_argument("--causal", action="store_true")
     parser.add_argument("--start", type=int, default=0, help="first token of the text")
-    parser.add_argument("--defaults", action="store_true", help="default settings only")
+    parser.add_argument("--defaults", action="store_true", help="default settings only, as a patched layer")
+    parser.add_argument(
+        "--settings", default="", help="settings to try in the place of the listed ones: leaf=64,block=128"
+    )
     parser.add_argument("--shapes", action="store_true", help="the shapes of KDEformer's experiments")
     parser.add_argument("--data", default="../shared/data/text/wikitext2")
     args = parser.parse_args()
@@ -151,25 +163,38 @@ def main() -> None:
         shapes(args.turns)
         return
     names = args.methods.split(",") if args.methods else ATTENTION.names()
+    if args.settings:
+        values = {key: int(value) for key, value in (pair.split("=") for pair in args.settings.split(","))}
+        SETTINGS[:] = [(name, values) for name in names]
     chosen = [(name, values) for name, values in SETTINGS if name in names and not (values and args.defaults)]
     print("| n | layer | operator | settings | spectral error | times SDPA's speed |\n|---|---|---|---|---|---|")
-    for n in map(int, args.lengths.split(",")):
-        for layer in map(int, args.layers.split(",")):
-            q, k, v = captured(n, layer, args.data, args.start)
+    lengths = [int(length) for length in args.lengths.split(",")]
+    for layer in map(int, args.layers.split(",")):
+        whole = captured(max(lengths), layer, args.data, args.start)
+        for n in lengths:
+            q, k, v = (x[:, :, :n].contiguous() for x in whole)
             call = Call(q.shape[-1] ** -0.5, causal=args.causal)
             with torch.no_grad():
                 exact = functional.scaled_dot_product_attention(q, k, v, is_causal=args.causal)
+                plain = Module()
                 runs: dict[str, Callable[[], Tensor]] = {
                     "sdpa": lambda q=q, k=k, v=v: functional.scaled_dot_product_attention(
                         q, k, v, is_causal=args.causal
                     )
                 }
+                if args.defaults:
+                    runs["sdpa"] = lambda q=q, k=k, v=v, m=plain: patched(m, q, k, v, args.causal)
                 for position, (name, values) in enumerate(chosen):
                     facts = ATTENTION.info(name).facts
                     if args.causal and not facts.get("causal"):
                         continue
                     config, attend = ATTENTION.build_config(name, values), ATTENTION.get(name)
                     runs[str(position)] = lambda a=attend, c=config, q=q, k=k, v=v, call=call: a(q, k, v, call, c)[0]
+                    if args.defaults:
+                        module = Module()
+                        least_length = config.min_length * (2 if args.causal else 1)
+                        set_layer(module, Layer("", name, {}, least_length))
+                        runs[str(position)] = lambda q=q, k=k, v=v, m=module: patched(m, q, k, v, args.causal)
                 times = least(runs, args.turns)
                 for key, run in runs.items():
                     if key == "sdpa":
