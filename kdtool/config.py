@@ -13,7 +13,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
-from kdtool.errors import ConfigProblem, nearest
+from kdtool.errors import ConfigProblem, UsageProblem, nearest
 from kdtool.registry import ATTENTION, COMPRESSORS, EXPORTERS, METHODS, Plugin, Registry
 
 Command = Literal["distill", "compare", "compress", "patch-attention", "evaluate", "export"]
@@ -33,11 +33,15 @@ class Section(BaseModel):
         return value
 
 
+_ENDPOINT = "endpoint:"
+_TEXT_FILES = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".parquet")
+
+
 class TeacherSection(Section):
     """The model to learn from (or, for one-model commands, the model itself)."""
 
     model: str | None = None
-    """Folder, or Hub id with an optional @revision."""
+    """Folder, Hub id with an optional @revision; where a method learns from texts also endpoint:URL#MODEL or a file."""
     cache: str | None = None
     """Folder of a teacher cache that stands for the teacher, written cache:FOLDER in place of a model."""
     fine_tune: bool = False
@@ -48,6 +52,17 @@ class TeacherSection(Section):
     """Length of that fine-tuning."""
     fine_tune_lr: float = Field(1e-4, gt=0)
     """Peak learning rate of that fine-tuning."""
+
+    @property
+    def writes_only(self) -> bool:
+        """Whether it gives texts and no distributions: an endpoint, or a file of texts."""
+        return self.is_file or (self.model or "").startswith(_ENDPOINT)
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it is a file of texts."""
+        name = (self.model or "").lower()
+        return name.endswith(_TEXT_FILES) and not name.startswith(_ENDPOINT)
 
 
 class StudentSection(Section):
@@ -210,12 +225,14 @@ class PatchSection(Section):
     """Numbers of the attention layers to patch, such as 0-3,7 (default: all)."""
     calibrate: str | None = None
     """Data to choose the settings on (default: the training rows of the data)."""
-    max_error: float = Field(0.1, gt=0)
-    """Largest relative error of a head of a layer; a layer that would miss it stays exact."""
+    max_error: float = Field(0.1, ge=0)
+    """Largest relative error of a head of a layer; a layer that would miss it stays exact. With 0 all do."""
     lengths: list[int] = Field([512, 2048], min_length=1)
     """Numbers of keys at which error and time are measured."""
     max_drop: list[str] = []
     """How much worse metrics may become, such as accuracy=0.005."""
+    fixed: bool = False
+    """Fix what an operator would work out from each input, as an export to ONNX needs it."""
     module_pattern: str | None = None
     """Names of modules with a fused projection `qkv` to take in, such as blocks.*.attn."""
 
@@ -252,10 +269,19 @@ class EvalSection(Section):
     """Batch sizes at which latency is measured."""
     latency_repeats: int = Field(20, gt=0)
     """Timed forward passes for each model and batch size."""
+    lengths: list[int] = []
+    """Sequence lengths in tokens at which evaluate measures time and peak memory, too."""
     seeds: list[int] = [0, 1, 2]
     """Seeds of a comparison: every method runs once with each."""
     reload: bool = True
     """Reload the saved model in a fresh process and compare outputs."""
+
+    @field_validator("lengths")
+    @classmethod
+    def _some_tokens(cls, value: list[int]) -> list[int]:
+        if value and min(value) < 2:
+            raise ValueError("should be 2 and more")
+        return sorted(set(value))
 
 
 class RecoverSection(Section):
@@ -264,7 +290,18 @@ class RecoverSection(Section):
     steps: int | None = Field(None, gt=0)
     """Optimiser steps; without them nothing is trained."""
     method: str = "kd"
-    """Distillation method, with its default settings."""
+    """Distillation method."""
+    settings: dict[str, Any] = {}
+    """Its hyper-parameters, such as recover.settings.temperature=2."""
+
+
+class SearchSection(Section):
+    """Looking for the settings of compressors that meet a budget."""
+
+    budget: str | None = None
+    """What may be left, as a share: parameters=0.5, bytes=0.25 or latency=0.5."""
+    notches: int = Field(8, gt=1)
+    """Steps from all to nothing in which a setting is turned down, before the last one is found by bisection."""
 
 
 class OutputSection(Section):
@@ -277,7 +314,7 @@ class OutputSection(Section):
     format: str = "safetensors"
     """Target format of export."""
     save_teacher: bool = False
-    """Keep the teacher that an online method trained, in the folder `teacher` of the output."""
+    """Keep the teacher that an online method trained, or a mentor, in the folder `teacher` of the output."""
     dtype: Literal["keep", "float32", "float16", "bfloat16"] = "keep"
     """Number format of the saved weights."""
     max_shard_size: str = "5GB"
@@ -305,6 +342,8 @@ class RuntimeSection(Section):
     """Number format of computation; auto is bfloat16 autocast on CUDA, float32 elsewhere."""
     threads: int | None = Field(None, gt=0)
     """CPU threads (default: what torch chooses)."""
+    stream: Literal["auto", "always", "never"] = "auto"
+    """Work weight by weight, never holding the model: auto does so where it and a copy would not fit into memory."""
     offline: bool = False
     """Never ask the network."""
     cache_dir: str | None = None
@@ -327,6 +366,7 @@ class RunConfig(Section):
     train: TrainSection = TrainSection()
     patch: PatchSection = PatchSection()
     recover: RecoverSection = RecoverSection()
+    search: SearchSection = SearchSection()
     eval: EvalSection = EvalSection()
     output: OutputSection = OutputSection()
     runtime: RuntimeSection = RuntimeSection()
@@ -351,6 +391,24 @@ def stages(config: RunConfig) -> list[tuple[str, dict[str, Any]]]:
     names = [name.strip() for name in config.method_name.split(",") if name.strip()]
     values = config.method_values
     return [(name, values if len(names) == 1 else dict(values.get(name) or {})) for name in names]
+
+
+def before_recovery(names: Sequence[str]) -> int:
+    """How many stages come before recovery: all but the last ones that training would undo or does not concern.
+
+    Raises:
+        UsageProblem: training would undo a stage before another one.
+    """
+    facts = [COMPRESSORS.info(name).facts for name in names]
+    count = len(names)
+    while count and (facts[count - 1].get("late") or not facts[count - 1].get("trainable", True)):
+        count -= 1
+    stuck = [name for name, fact in zip(names[:count], facts, strict=False) if not fact.get("trainable", True)]
+    if stuck:
+        raise UsageProblem(
+            f"--recover cannot train what {stuck[0]} makes", hint=f"put {stuck[0]} last: recovery comes before it"
+        )
+    return count
 
 
 def _check_stages(config: RunConfig, where: str) -> None:
@@ -625,6 +683,8 @@ def load_config(
         config.method = check_plugin_values(EXPORTERS.info(config.output.format), config.method, "method", where)
     elif command == "compress":
         _check_stages(config, where)
+        recovery = METHODS.info(config.recover.method)
+        config.recover.settings = check_plugin_values(recovery, config.recover.settings, "recover.settings", where)
     elif registry is not None and config.method_name:
         plugin = registry.info(config.method_name)
         checked = check_plugin_values(plugin, config.method_values, "method", where)

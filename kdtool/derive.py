@@ -2,12 +2,14 @@
 
 import copy
 import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from kdtool.errors import ModelProblem, UsageProblem
+from kdtool.modeling.compressed import CompressedConfig
 from kdtool.models import Loaded
 from kdtool.patching import KEY
 
@@ -88,6 +90,51 @@ def _alike(layers: nn.Module) -> bool:
     return all(shape == shapes[0] for shape in shapes)
 
 
+def keep_layers(model: Any, spec: str) -> tuple[Any, dict[str, str], list[int]]:
+    """What a model with only some of its layers is made of.
+
+    Args:
+        model: Any model whose layers stand in one module list; its weights are not looked at.
+        spec: `layers:N` or `layers:0,3,5`.
+
+    Returns:
+        Its configuration, the old name of each of its weights to the new one, and the layers kept.
+
+    Raises:
+        UsageProblem: the specification does not fit.
+        ModelProblem: the architecture has no single stack of layers.
+    """
+    config = copy.deepcopy(model.config)
+    depth, stack = depth_of(config, model)
+    holder, key = _place(config)
+    chosen = layer_indices(spec, depth)
+    setattr(holder, key, len(chosen))
+    vars(config).pop(KEY, None)  # it names layers of the teacher; the copy starts with exact attention
+    for name, value in list(vars(holder).items()):
+        # per-layer lists, such as layer_types of alternating attention
+        if isinstance(value, list) and len(value) == depth and name.startswith("layer"):
+            setattr(holder, name, [value[i] for i in chosen])
+    numbers = {old: new for new, old in enumerate(chosen)}
+    names = _renumbered(model.state_dict(), stack, numbers)
+    if isinstance(config, CompressedConfig):
+        inside = _renumbered(config.forms, stack.removeprefix(f"{model.base_model_prefix}."), numbers)
+        config.forms = {new: config.forms[old] for old, new in inside.items()}
+    return config, names, chosen
+
+
+def _renumbered(names: Iterable[str], stack: str, numbers: Mapping[int, int]) -> dict[str, str]:
+    """Old names to new ones, without those of layers that are not kept."""
+    pattern = re.compile(rf"^{re.escape(stack)}\.(\d+)\.")
+    found = {}
+    for name in names:
+        match = pattern.match(name)
+        if match is None:
+            found[name] = name
+        elif int(match[1]) in numbers:
+            found[name] = f"{stack}.{numbers[int(match[1])]}.{name[match.end() :]}"
+    return found
+
+
 def from_layers(teacher: Loaded, spec: str) -> Loaded:
     """A copy of the teacher that keeps only some of its layers, with their weights.
 
@@ -99,27 +146,10 @@ def from_layers(teacher: Loaded, spec: str) -> Loaded:
         UsageProblem: the specification does not fit.
         ModelProblem: the architecture has no single stack of layers.
     """
-    config = copy.deepcopy(teacher.model.config)
-    depth, stack = depth_of(config, teacher.model)
-    holder, key = _place(config)
-    chosen = layer_indices(spec, depth)
-    setattr(holder, key, len(chosen))
-    vars(config).pop(KEY, None)  # it names layers of the teacher; the copy starts with exact attention
-    for name, value in list(vars(holder).items()):
-        # per-layer lists, such as layer_types of alternating attention
-        if isinstance(value, list) and len(value) == depth and name.startswith("layer"):
-            setattr(holder, name, [value[i] for i in chosen])
+    config, names, chosen = keep_layers(teacher.model, spec)
     with torch.random.fork_rng():
-        student = type(teacher.model)(config)
-    numbers = {old: new for new, old in enumerate(chosen)}
-    pattern = re.compile(rf"^{re.escape(stack)}\.(\d+)\.")
-    state: dict[str, torch.Tensor] = {}
-    for name, tensor in teacher.model.state_dict().items():
-        match = pattern.match(name)
-        if match is None:
-            state[name] = tensor
-        elif int(match[1]) in numbers:
-            state[f"{stack}.{numbers[int(match[1])]}.{name[match.end() :]}"] = tensor
-    student.load_state_dict(state)
+        student: Any = type(teacher.model)(config)
+    state = teacher.model.state_dict()
+    student.load_state_dict({new: state[old] for old, new in names.items()})
     facts = {"new_weights": [], "dtype": teacher.facts.get("dtype", "float32"), "layers": chosen}
     return Loaded(student.eval(), teacher.processor, spec, None, None, facts)

@@ -89,6 +89,12 @@ class HubProblem(KdtoolError):
     code = "hub"
 
 
+class EndpointProblem(HubProblem):
+    """A server that should write texts cannot be reached, or refuses (exit 4)."""
+
+    code = "endpoint"
+
+
 class MemoryProblem(KdtoolError):
     """Out of memory (exit 5)."""
 

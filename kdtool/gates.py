@@ -211,3 +211,35 @@ def check_drops(items: Sequence[str], after: Mapping[str, float], before: Mappin
         # a difference of two sums of fractions: the last bits are not the user's
         results.append(GateResult(f"{metric}.drop", bound, worse, worse <= bound + 1e-9, upper=True))
     return results
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What a smaller model may have of a larger one.
+
+    Attributes:
+        quantity: What is counted.
+        share: Largest share that may be left.
+    """
+
+    quantity: Literal["parameters", "bytes", "latency"]
+    share: float
+
+
+def parse_budget(text: str) -> Budget:
+    """Read `parameters=0.5`, `bytes=0.25` or `latency=0.5`.
+
+    Raises:
+        UsageProblem: not of that form.
+    """
+    quantity, _, value = text.partition("=")
+    try:
+        share = float(value)
+    except ValueError:
+        share = math.nan
+    if quantity not in ("parameters", "bytes", "latency") or not 0.0 < share < 1.0:
+        raise UsageProblem(
+            f"--budget {text}: not of the form parameters=0.5",
+            hint="parameters, bytes or latency, and a share above 0 and below 1",
+        )
+    return Budget(quantity, share)  # type: ignore[arg-type] # checked above

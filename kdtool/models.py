@@ -1,6 +1,7 @@
 """Models in and out: finding, checking, loading and saving them through transformers."""
 
 import contextlib
+import hashlib
 import json
 import logging
 import pickle  # only its error is used
@@ -17,7 +18,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_L
 
 from kdtool.errors import ModelProblem
 from kdtool.hub import ModelRef, fetch_model
-from kdtool.patching.saving import FILE, restore
+from kdtool.lazy import State, read
+from kdtool.modeling.compressed import weights_of
+from kdtool.patching.saving import FILE, KEY, restore
 from kdtool.run import Run
 
 transformers.utils.logging.disable_progress_bar()
@@ -51,7 +54,15 @@ class Loaded:
     @property
     def parameters(self) -> int:
         """Number of parameters, shared ones counted once; a graph's come from its manifest."""
-        return self.facts.get("parameters") or sum(p.numel() for p in self.model.parameters())
+        return self.facts.get("parameters") or weights_of(self.model)
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Hash of all weights as they are in memory."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def read_config(folder: Path, name: str) -> dict[str, Any]:
@@ -202,6 +213,51 @@ def load_model(text: str, auto: str, run: Run, what: str = "model", labels: Sequ
     restore(model, folder, text)
     facts = {"new_weights": missing, "dtype": values.get("dtype") or values.get("torch_dtype") or "float32"}
     return Loaded(model, None, text, revision, folder, facts)
+
+
+def load_skeleton(text: str, auto: str, run: Run) -> tuple[Loaded, State]:
+    """A model without its weights, on the device `meta`, and the weights, to be read one by one.
+
+    Args:
+        text: Folder or `id[@revision]`.
+        auto: Name of the Auto class.
+        run: Context.
+
+    Raises:
+        ModelProblem: the folder's weights are not those that the architecture names.
+    """
+    folder, revision = resolve(text, run)
+    values = read_config(folder, text)
+    check_weights(folder, text, allow_pickle=False)
+    state = read(folder, text)
+    with plain_model_errors(text), _quiet(), torch.device("meta"):
+        config = auto_class("AutoConfig").from_pretrained(folder, local_files_only=True)
+        model = auto_class(auto).from_config(config).eval()
+    if hasattr(config, KEY):
+        raise ModelProblem(f"'{text}' has patched attention, which is not read tensor by tensor")
+    config.architectures = values.get("architectures")
+    fit(model, state, text)
+    stored = values.get("dtype") or values.get("torch_dtype") or "float32"
+    return Loaded(model, None, text, revision, folder, {"new_weights": [], "dtype": stored}), state
+
+
+def fit(model: Any, state: State, ref: str) -> None:
+    """Hold the names and shapes of a state against those that an architecture asks for.
+
+    Raises:
+        ModelProblem: they differ.
+    """
+    wanted = model.state_dict()
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    absent = [name for name in wanted if name not in state and name not in tied]
+    wrong = [name for name, value in wanted.items() if name in state and state[name].shape != tuple(value.shape)]
+    if absent or wrong or any(name not in wanted for name in state):
+        odd = [*absent, *wrong, *(name for name in state if name not in wanted)]
+        raise ModelProblem(
+            f"the weights of '{ref}' are not named or shaped as its architecture asks",
+            why=odd[0],
+            hint="kdtool export MODEL --format safetensors, where there is memory for it, stores them anew",
+        )
 
 
 def _load_auto(

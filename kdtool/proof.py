@@ -1,7 +1,7 @@
 """The proof of a run: teacher and student side by side, and what the command line says of it."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +33,8 @@ class Side:
         reliability: (confidence, accuracy, count) of each confidence bin; None without classes.
         scaling: Temperature scaling: `temperature`, `rows` it was fitted on, and the calibration metrics on the test
             rows `before` and `after`; empty where it was not done.
+        lengths: Sequence length to `median_ms`, `p95_ms` and `peak_bytes` of a forward pass of one sequence, and for
+            a patched model `approximate` and `calls`, its calls of attention.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Side:
     latency: dict[int, dict[str, float]] = field(default_factory=dict)
     reliability: list[tuple[float, float, int]] | None = None
     scaling: dict[str, Any] = field(default_factory=dict)
+    lengths: dict[int, dict[str, float | None]] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -116,7 +119,7 @@ def _times(ratio: float, better: str, worse: str) -> str:
     return f"{ratio:.2f}x {better}" if ratio > 1.0 else f"{1 / ratio:.2f}x {worse}"
 
 
-def _latency(entry: Mapping[str, float] | None) -> str:
+def _latency(entry: Mapping[str, Any] | None) -> str:
     if not entry or not math.isfinite(entry.get("median_ms", math.nan)):
         return "-"
     tail = f" (p95 {entry['p95_ms']:.2f})" if "p95_ms" in entry else ""
@@ -140,9 +143,24 @@ def table_of(proof: Proof) -> Table:
         cells = [_latency(side.latency.get(batch)) for side in (student, teacher) if side]
         ratio = proof.latency_ratio.get(batch, math.nan)
         rows.append([f"latency, batch {batch} (ms)", *cells, _times(ratio, "faster", "slower")])
+    rows += _at_lengths([side for side in (student, teacher) if side])
     if teacher is None:
         return Table(["metric", "model"], [row[:2] for row in rows])
     return Table(["metric", *proof.roles, "kept"], rows)
+
+
+def _at_lengths(sides: Sequence[Side]) -> list[list[str]]:
+    """Time and memory of one sequence of each length."""
+    rows: list[list[str]] = []
+    for length in sides[0].lengths:
+        found = [side.lengths[length] for side in sides]
+        times = [one["median_ms"] or math.nan for one in found]
+        sizes = [one["peak_bytes"] or math.nan for one in found]
+        cells = [_latency(one) for one in found]
+        rows.append([f"time, {length} tokens (ms)", *cells, _times(times[-1] / times[0], "faster", "slower")])
+        cells = [amount(size, "B") if math.isfinite(size) else "-" for size in sizes]
+        rows.append([f"memory, {length} tokens", *cells, _times(sizes[-1] / sizes[0], "less", "more")])
+    return rows
 
 
 @dataclass(slots=True)

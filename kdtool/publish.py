@@ -149,11 +149,15 @@ def _check_write(repo: str, who: Mapping[str, Any], run: Run) -> None:
 
 
 def result_files(folder: Path) -> dict[str, Path]:
-    """Files of a result by their path in the repository: no hidden ones (checkpoints, drafts), no links."""
+    """Files of a result by their path in the repository: no hidden ones (checkpoints, drafts), no links.
+
+    Texts that were made to train on stay here: they quote the data, and their author may have terms.
+    """
     found = {}
     for path in sorted(folder.rglob("*")):
         inside = path.relative_to(folder)
-        if path.is_file() and not path.is_symlink() and not any(part.startswith(".") for part in inside.parts):
+        hidden = inside.parts[0] == "data" or any(part.startswith(".") for part in inside.parts)
+        if path.is_file() and not path.is_symlink() and not hidden:
             found[inside.as_posix()] = path
     return found
 

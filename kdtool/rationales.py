@@ -148,10 +148,3 @@ def usable(rows: Iterable[Rationale], distinct: bool = True) -> list[Rationale]:
             seen.add(key)
             kept.append(row)
     return kept
-
-
-def judged(question: str, prediction: str, gold: str, dataset: str, numeric: bool = False) -> Rationale:
-    """A row made of what a model wrote: its chain, the true answer, and whether both agree."""
-    chain, _ = split(prediction)
-    right = correct(extract(prediction, dataset), clean(gold, dataset), dataset, numeric)
-    return Rationale(question, chain, gold, right)

@@ -176,14 +176,17 @@ class Registry:
         """First docstring line of a plug-in."""
         return self.info(name).summary
 
+    def module(self, name: str) -> Any:
+        """Import a plug-in and return its module."""
+        return importlib.import_module(self._modules[self.check(name)])
+
     def get(self, name: str) -> Any:
         """Import a plug-in and return its class or function."""
-        return getattr(importlib.import_module(self._modules[self.check(name)]), self.attribute)
+        return getattr(self.module(name), self.attribute)
 
     def build_config(self, name: str, values: Mapping[str, Any]) -> Any:
         """Instantiate the plug-in's `Config` from values already checked by `kdtool.config`."""
-        module = importlib.import_module(self._modules[self.check(name)])
-        return module.Config(**values)
+        return self.module(name).Config(**values)
 
 
 METHODS = Registry("method", "kdtool.methods", "Method")

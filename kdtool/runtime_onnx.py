@@ -73,6 +73,9 @@ class OnnxModel(nn.Module):
             first = str(error).strip().split("\n", 1)[0]
             raise ModelProblem(f"'{graph}' cannot be loaded by onnxruntime", why=first[:300]) from None
         self.wanted = {value.name: value.type for value in self.session.get_inputs()}
+        shapes = {value.name: value.shape for value in self.session.get_inputs()}
+        fixed = shapes.get("input_ids", [None, None])[1]
+        self.length = fixed if isinstance(fixed, int) else None
         if "logits" not in {value.name for value in self.session.get_outputs()}:
             raise ModelProblem(f"'{graph}' has no output named logits")
 
@@ -91,9 +94,22 @@ class OnnxModel(nn.Module):
                 if name not in _FILL:
                     raise ModelProblem(f"the graph wants the input '{name}', which this task does not make")
                 value = _FILL[name](first.shape[:2], dtype=torch.int64)
-            feed[name] = value.detach().cpu().numpy().astype(_numpy_type(kind), copy=False)
+            feed[name] = self._lengthened(value).detach().cpu().numpy().astype(_numpy_type(kind), copy=False)
         logits = self.session.run(["logits"], feed)[0]
+        if self.length is not None and logits.ndim > 2:
+            logits = logits[:, : first.shape[1]]
         return SimpleNamespace(logits=torch.from_numpy(logits.astype(np.float32, copy=False)).to(first.device))
+
+    def _lengthened(self, value: Tensor) -> Tensor:
+        """Padded with 0 to the length of the graph, where it has one."""
+        if self.length is None or value.shape[1] == self.length:
+            return value
+        if value.shape[1] > self.length:
+            raise ModelProblem(
+                f"the graph reads {self.length} tokens, and an input has {value.shape[1]}",
+                hint=f"--set data.max_length={self.length}",
+            )
+        return nn.functional.pad(value, (0, self.length - value.shape[1]))
 
 
 def _numpy_type(kind: str) -> Any:

@@ -20,6 +20,13 @@ def stored_dtype(loaded: Loaded, wanted: str) -> str:
     return given if given in _DTYPES else "float32"
 
 
+def stored_bytes(loaded: Loaded, wanted: str) -> int:
+    """Size that the weights of a model will have on disk; shared ones are stored once."""
+    each = _DTYPES[stored_dtype(loaded, wanted)].itemsize
+    tensors = {(t.data_ptr(), t.shape): t for t in loaded.model.state_dict().values()}
+    return sum(t.numel() * (each if t.is_floating_point() else t.element_size()) for t in tensors.values())
+
+
 def save_model(loaded: Loaded, folder: Path, output: OutputSection) -> None:
     """Write weights, configuration and processor files into a fresh folder.
 

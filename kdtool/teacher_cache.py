@@ -35,7 +35,7 @@ from kdtool.data.examples import Examples
 from kdtool.divergences import TopK, likeliest
 from kdtool.errors import ConfigProblem, OutputProblem, UsageProblem
 from kdtool.mapped import Shapes, Shards, create, is_whole, mapped
-from kdtool.models import Loaded
+from kdtool.models import Loaded, weights_hash
 from kdtool.run import Run
 from kdtool.tasks._base import LABELS, Batch, Task, view_of
 from kdtool.tasks._views import Views, collated
@@ -102,17 +102,14 @@ def fingerprint(
         augment: How rows are altered; None, or nothing in it, where they are not.
         kept: What is kept of a language model; None for all logits.
     """
-    digest = hashlib.sha256()
     config: Any = teacher.model.config
-    for name, tensor in teacher.model.state_dict().items():
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     views = {"views": augment.model_dump_json()} if augment is not None and augment.active else {}
     about = {} if kept is None else described(teacher, kept)
     return (
         views
         | about
         | {
-            "teacher": digest.hexdigest(),
+            "teacher": weights_hash(teacher.model),
             "architecture": hashlib.sha256(json.dumps(config.to_diff_dict(), default=str).encode()).hexdigest(),
             "data": data_hash(data),
             "processor": hashlib.sha256(processor.encode()).hexdigest(),

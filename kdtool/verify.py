@@ -3,6 +3,7 @@
 Run as a module it is that fresh process: `python -m kdtool.verify FOLDER TASK PROBE RESULT`.
 """
 
+import math
 import os
 import subprocess
 import sys
@@ -26,6 +27,8 @@ TOLERANCE = 1e-5
 
 _WARM_UP = 2
 """Passes before timing starts: they fill caches and allocators."""
+_FEWEST = 3
+"""Timed passes however long they take."""
 
 
 @torch.no_grad()
@@ -80,15 +83,17 @@ def latency(
     views: Mapping[str, Mapping[int, Batch]],
     repeats: int,
     device: str,
+    patience: float = math.inf,
 ) -> dict[str, dict[int, dict[str, float]]]:
     """Time forward passes of several models in turn, so that they meet the same machine.
 
     Args:
         task: Runs the models.
         models: Name to model.
-        views: Name to batch size to inputs.
+        views: Name to batch size (or another measure of the inputs) to inputs.
         repeats: Timed passes for each model and batch.
         device: Where to run.
+        patience: Seconds after which no further turn begins, once there are three.
 
     Returns:
         Model name to batch size to `median_ms` and `p95_ms` of one forward pass.
@@ -97,7 +102,10 @@ def latency(
     for size in next(iter(views.values())):
         inputs = {name: to_device(views[name][size], device) for name in models}
         times: dict[str, list[float]] = {name: [] for name in models}
+        began = time.perf_counter()
         for turn in range(repeats + _WARM_UP):
+            if turn >= _WARM_UP + _FEWEST and time.perf_counter() - began > patience:
+                break
             for name, model in models.items():
                 elapsed = _timed(task, model, inputs[name], device)
                 if turn >= _WARM_UP:

@@ -13,7 +13,7 @@ from typing import Any
 
 from kdtool.errors import OutputProblem
 
-_SECRET = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{8,}")
+_SECRET = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{8,}|\bsk-(?:[A-Za-z]+-)*[A-Za-z0-9_]{20,}")
 _TOKEN_OPTION = re.compile(r"(--token[ =]|HF_TOKEN=)(?:'[^']*'|\"[^\"]*\"|[^\s'\"`]+)")
 _MARK = "[redacted]"
 

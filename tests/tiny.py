@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from kdtool.modeling import TabularConfig, TabularProcessor
 
@@ -201,11 +201,11 @@ def _fitted(rows: Sequence[dict]) -> TabularProcessor:
     return TabularProcessor.fit(numbers, {"kind": [row["kind"] for row in rows]})
 
 
-def llama(folder: Path, layers: int = 4, seed: int = 1) -> Path:
-    """A causal language model with rotary positions."""
+def llama(folder: Path, layers: int = 4, seed: int = 1, padding: int = 0) -> Path:
+    """A causal language model with rotary positions, its head padded by some rows."""
     save_lm_tokenizer(folder)
     config = transformers.LlamaConfig(
-        vocab_size=len(_vocabulary(False)),
+        vocab_size=len(_vocabulary(False)) + padding,
         hidden_size=WIDTH,
         num_hidden_layers=layers,
         num_attention_heads=2,
@@ -243,6 +243,36 @@ def masked_bert(folder: Path, layers: int = 4, seed: int = 1) -> Path:
     config = bert_config(layers)
     config.vocab_size += 1
     return _save(config, "AutoModelForMaskedLM", folder, seed)
+
+
+def byte_llama(folder: Path, layers: int = 2, seed: int = 3) -> Path:
+    """The same with a byte-level tokenizer, whose tokens are parts of words."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([row["text"] for row in text_rows(60, 5)], trainer)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(
+        folder
+    )
+    config = transformers.LlamaConfig(
+        vocab_size=304,
+        hidden_size=WIDTH,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=2 * WIDTH,
+        max_position_embeddings=64,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=None,
+    )
+    return _save(config, "AutoModelForCausalLM", folder, seed)
 
 
 def sentence(kind: str, generator: np.random.Generator) -> str:

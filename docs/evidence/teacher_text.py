@@ -4,7 +4,8 @@
     python docs/evidence/teacher_text.py judge runs/methods-stories runs/teacher-stories
 
 `write` samples whole texts from the teacher at temperature 1, each from the beginning-of-sequence token. `judge`
-scores every student under COMPARISON/runs and prints mean and standard deviation over seeds.
+scores every student under COMPARISON/runs on them, lets each write texts of its own and asks the teacher what they
+are worth, and prints mean and standard deviation over seeds.
 """
 
 import argparse
@@ -16,53 +17,85 @@ from pathlib import Path
 import torch
 
 from kdtool.config import load_config
-from kdtool.generation import CachedModel, Interleaving, generate, uniforms
-from kdtool.models import load_model
+from kdtool.generation import CachedModel, Generated, Interleaving, generate, uniforms
+from kdtool.models import Loaded, load_model
 from kdtool.pipelines.evaluate import evaluate
 from kdtool.pipelines.setup import load_processor
 from kdtool.registry import TASKS
 from kdtool.run import Run
 
 METRICS = ("loss", "perplexity", "token-accuracy", "agreement")
+OWN = "KL(q||p)"
+"""Nats a token by which a student finds its own texts likelier than the teacher does: the reverse KL of whole texts."""
+
+
+def opened(reference: str) -> Loaded:
+    """A causal language model and its tokenizer."""
+    run, task = Run(offline=True), TASKS.get("causal-lm")()
+    loaded = load_model(reference, task.auto_class, run)
+    load_processor(loaded, task, run)
+    loaded.model.eval()
+    return loaded
+
+
+def sampled(loaded: Loaded, rows: int, length: int) -> tuple[Generated, int]:
+    """Texts of a model at temperature 1, and the token that they begin with."""
+    begin = int(loaded.processor.bos_token_id)
+    ids = torch.full((rows, 1), begin)
+    settings = Interleaving(stop=(begin, int(loaded.processor.eos_token_id)), scored=True)
+    uniform = uniforms([(0, row) for row in range(rows)], length)
+    return generate(CachedModel(loaded.model), None, ids, torch.ones_like(ids), uniform, settings), begin
+
+
+@torch.no_grad()
+def excess(student: Loaded, teacher: Loaded, rows: int = 64, length: int = 64) -> float:
+    """`OWN`, estimated on samples."""
+    out, begin = sampled(student, rows, length)
+    ids = torch.nn.functional.pad(out.tokens, (1, 0), value=begin)
+    log_p = teacher.model(input_ids=ids[:, :-1]).logits.double().log_softmax(-1)
+    there = log_p.gather(-1, out.tokens[..., None])[..., 0]
+    return float((out.log_prob - there)[out.valid].mean())
 
 
 def write(teacher: str, folder: Path, rows: int, length: int) -> None:
     """`rows` texts of at most `length` tokens, to folder/test.jsonl."""
-    run, task = Run(offline=True), TASKS.get("causal-lm")()
-    loaded = load_model(teacher, task.auto_class, run)
-    load_processor(loaded, task, run)
-    tokenizer = loaded.processor
-    begin = int(tokenizer.bos_token_id)
-    ids = torch.full((rows, 1), begin)
-    settings = Interleaving(stop=(begin, int(tokenizer.eos_token_id)))
-    uniform = uniforms([(0, row) for row in range(rows)], length)
-    out = generate(CachedModel(loaded.model.eval()), None, ids, torch.ones_like(ids), uniform, settings)
+    loaded = opened(teacher)
+    out, _ = sampled(loaded, rows, length)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "test.jsonl").open("w", encoding="utf-8") as file:
         for tokens, valid in zip(out.tokens, out.valid, strict=True):
-            file.write(json.dumps({"text": tokenizer.decode(tokens[valid], skip_special_tokens=True)}) + "\n")
+            file.write(json.dumps({"text": loaded.processor.decode(tokens[valid], skip_special_tokens=True)}) + "\n")
+
+
+def show(names: tuple[str, ...], teacher: dict[str, float], found: dict[str, list[dict[str, float]]]) -> None:
+    """Print a table with a row for each method: mean and standard deviation over seeds."""
+    print(f"| method | {' | '.join(names)} |\n| --- |{' ---: |' * len(names)}")
+    print("| (teacher) | " + " | ".join(f"{teacher[m]:.4f}" if m in teacher else "-" for m in names) + " |")
+    for method, runs in found.items():
+        cells = []
+        for name in names:
+            values = [run[name] for run in runs]
+            spread = statistics.stdev(values) if len(values) > 1 else float("nan")
+            cells.append(f"{statistics.fmean(values):.4f} ± {spread:.4f}")
+        print(f"| {method} | {' | '.join(cells)} |")
+    print()
 
 
 def judge(comparison: Path, texts: Path) -> None:
-    """Print a table with a row for each method."""
+    """Print what the runs measured on the test rows, and then how their students do on the teacher's texts."""
+    tested: dict[str, list[dict[str, float]]] = {}
     found: dict[str, list[dict[str, float]]] = {}
     for folder in sorted((comparison / "runs").glob("*-seed*")):
-        made = json.loads((folder / "kdtool.json").read_text(encoding="utf-8"))["config"]
+        manifest = json.loads((folder / "kdtool.json").read_text(encoding="utf-8"))
+        made, method = manifest["config"], re.sub(r"-seed\d+$", "", folder.name)
+        tested.setdefault(method, []).append(manifest["metrics"]["student"])
         options = {"teacher.model": made["teacher"]["model"], "student.model": str(folder), "data.source": str(texts)}
         options |= {"data.task": "causal-lm", "data.max_length": made["data"]["max_length"], "eval.latency": False}
         result = evaluate(load_config("evaluate", None, [], options))
-        name = re.sub(r"-seed\d+$", "", folder.name)
-        found.setdefault(name, []).append(result.proof.student.metrics)
-        teacher = result.proof.teacher.metrics
-    print(f"| method | {' | '.join(METRICS)} |\n| --- |{' ---: |' * len(METRICS)}")
-    print("| (teacher) | " + " | ".join(f"{teacher[m]:.4f}" if m in teacher else "-" for m in METRICS) + " |")
-    for name, runs in found.items():
-        cells = []
-        for metric in METRICS:
-            values = [run[metric] for run in runs]
-            spread = statistics.stdev(values) if len(values) > 1 else float("nan")
-            cells.append(f"{statistics.fmean(values):.4f} ± {spread:.4f}")
-        print(f"| {name} | {' | '.join(cells)} |")
+        own = excess(opened(str(folder)), opened(made["teacher"]["model"]))
+        found.setdefault(method, []).append(result.proof.student.metrics | {OWN: own})
+    show(METRICS, manifest["metrics"]["teacher"], tested)
+    show((*METRICS, OWN), result.proof.teacher.metrics, found)
 
 
 def main() -> None:
@@ -72,7 +105,7 @@ def main() -> None:
     writing = commands.add_parser("write")
     writing.add_argument("teacher")
     writing.add_argument("folder", type=Path)
-    writing.add_argument("--rows", type=int, default=150)
+    writing.add_argument("--rows", type=int, default=60)
     writing.add_argument("--length", type=int, default=256)
     judging = commands.add_parser("judge")
     judging.add_argument("comparison", type=Path)

@@ -76,3 +76,17 @@ def counted(call: Call, kv: int, groups: int, nq: int, n: int) -> tuple[Tensor |
         return None, None
     keys = call.key_mask.repeat_interleave(kv, 0)
     return keys, keys.repeat(1, groups) if nq == n else None
+
+
+def short(call: Call, groups: int, nq: int, n: int, least: int) -> bool:
+    """Whether attention is too small for an approximation to pay.
+
+    Args:
+        call: Whether it is causal: then half of the pairs are not seen, and twice as many keys are wanted.
+        groups: Query heads of a key head.
+        nq: Queries.
+        n: Keys.
+        least: Fewest keys, and fewest queries to as many keys; with more keys fewer queries will do.
+    """
+    least = 2 * least if call.causal else least
+    return n < least or groups * nq * n < least**2

@@ -13,14 +13,23 @@ from torch import Tensor
 
 from kdtool.attention._base import State
 from kdtool.attention._flash import Part, merged
-from kdtool.attention._leaves import FEATURES, key_features, key_order, ordered, pick, present_in, rows_for_moments, value_features
+from kdtool.attention._leaves import (
+    FEATURES,
+    key_features,
+    key_order,
+    ordered,
+    pick,
+    present_in,
+    rows_for_moments,
+    value_features,
+)
 from kdtool.attention._tree import leaf_order, levels_for, rows_at
 
 _HIDDEN = float("-inf")
 _SPREAD_ROWS = 1024
 """Rows from which the spread of the queries within blocks is estimated."""
-_MOST_GROWTH = 1.5
-"""Bound of the variance term, which is a second-order estimate and means nothing far away."""
+_MOST_GROWTH = 3.0
+"""Bound of half the variance: a second-order estimate means nothing far away."""
 _AT_ONCE = 1 << 19
 """Logits of block means formed at a time: what fits a processor's cache, and bounds the memory."""
 _MULTIPLE = 16
@@ -34,7 +43,8 @@ class Layout(NamedTuple):
         query_order: [X, blocks rows] numbers of queries, each block consecutive.
         key_order: [X, leaves c] numbers of keys, each leaf consecutive.
         y: [X, n, m] features of the keys: squared distances are variances of logits' differences within blocks.
-        along: [X, d, m] directions in which distances between queries are measured.
+        directions: `query_features`, `features` [X, d, m] and `value_features` [X, dv, m], in which distances between
+            queries, keys and values are measured.
         middle: [X, blocks, d] mean queries.
         share: [X, blocks] spread of a block, relative to the mean over blocks.
     """
@@ -42,7 +52,7 @@ class Layout(NamedTuple):
     query_order: Tensor
     key_order: Tensor
     y: Tensor
-    along: Tensor
+    directions: State
     middle: Tensor
     share: Tensor
 
@@ -111,7 +121,7 @@ def lay_out(
     levels, size = levels_for(k.shape[1], sizes[1])
     y, z = k.float() @ (fixed["features"] * scale), v.float() @ fixed["value_features"]
     own = key_order(y, z, valid, levels, size)
-    return Layout(query_order, own, y, fixed["query_features"], middle, share)
+    return Layout(query_order, own, y, fixed, middle, share)
 
 
 def attend_in_blocks(
@@ -145,7 +155,7 @@ def attend_in_blocks(
     blocks = made.middle.shape[1]
     q = ordered(rows, made.query_order).reshape(sets, blocks, -1, width)
     kind = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    leaves = make_leaves(k.to(kind), v.to(kind), valid, made, levels_for(n, sizes[1])[1])
+    leaves = _leaves(k.to(kind), v.to(kind), valid, made, levels_for(n, sizes[1])[1])
     middle = made.middle.to(kind)
     outs, sums = [], []
     # a graph takes any number of sequences, so all blocks go at once
@@ -160,12 +170,7 @@ def attend_in_blocks(
     return in_place(torch.cat(outs, 1), torch.cat(sums, 1), made.query_order, rows.shape[1])
 
 
-def most_growth(grown: Tensor) -> Tensor:
-    """Half a variance of logits, held within the bounds in which it says how the mean of their exponentials grows."""
-    return grown.clamp_(0.0, _MOST_GROWTH)
-
-
-def make_leaves(k: Tensor, v: Tensor, valid: Tensor | None, made: Layout, size: int) -> Leaves:
+def _leaves(k: Tensor, v: Tensor, valid: Tensor | None, made: Layout, size: int) -> Leaves:
     """Keys, values, features y and |y|^2 side by side, in the order of the leaves, filled up with zeros."""
     sets, n, _ = k.shape
     y = made.y.to(k.dtype)
@@ -178,9 +183,7 @@ def make_leaves(k: Tensor, v: Tensor, valid: Tensor | None, made: Layout, size: 
     return Leaves(ordered(table, made.key_order).reshape(sets, -1, size, table.shape[-1]), hidden, widths)
 
 
-def centres(
-    leaves: Leaves, middle: Tensor, share: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def centres(leaves: Leaves, middle: Tensor, share: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """Centroids of all leaves for blocks with these mean queries; weights and biases are constant in the gradient.
 
     Args:
@@ -210,8 +213,9 @@ def centres(
     with torch.no_grad():
         y = found[..., width + wide : width + wide + features]
         second = found[..., width + wide + features]
-        grown = most_growth((second - y.square().sum(-1)).mul_(0.5 * share.unsqueeze(1)))
-        bias = mass - (found[..., :width] * middle.unsqueeze(1)).sum(-1) + grown
+        grown = (second - y.square().sum(-1)).mul_(0.5 * share.unsqueeze(1)).clamp_(0.0, _MOST_GROWTH)
+        mass = mass + grown
+        bias = mass - (found[..., :width] * middle.unsqueeze(1)).sum(-1)
     return found.transpose(1, 2), bias.mT.contiguous(), mass
 
 

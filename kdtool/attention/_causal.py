@@ -54,11 +54,12 @@ def attend_in_chunks(
         if valid is not None:
             away = ~valid[:, here]
             hidden = torch.zeros(away.shape, device=q.device).masked_fill_(away, _HIDDEN)[:, None, None]
-        parts = [Part(*(x[:, None, here].expand(-1, groups, -1, -1) for x in (k, v)), hidden, True)]
+        own_k, own_v = (x[:, None, here].expand(-1, groups, -1, -1) for x in (k, v))
+        parts = [Part(own_k, own_v, hidden, True)]
         if number:
             before = slice(0, number * leaves)
-            far = (x[:, :, before].expand(-1, groups, -1, -1) for x in (far_k, far_v))
-            parts.append(Part(*far, bias[:, :, before].mT))
+            seen_k, seen_v = (x[:, :, before].expand(-1, groups, -1, -1) for x in (far_k, far_v))
+            parts.append(Part(seen_k, seen_v, bias[:, :, before].mT))
         out, lse = merged(rows[:, :, here], parts, call.scale)
         outs.append(out)
         sums.append(lse)

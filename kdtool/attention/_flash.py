@@ -12,9 +12,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kdtool.attention._tree import rows_at
+
 _HIDDEN = float("-inf")
 _NEVER = 1e30
 """A log-sum-exp under which every probability is 0, for the backward pass of rows that see no key."""
+
+
+class Tiles(NamedTuple):
+    """Another arrangement of the queries, for a part whose keys differ from tile to tile.
+
+    Attributes:
+        rows: [X, Y' rows'] numbers of queries among the Y rows of a set, -1 for none.
+        back: [X, Y rows] where each query stands.
+    """
+
+    rows: Tensor
+    back: Tensor
 
 
 class Part(NamedTuple):
@@ -25,12 +39,14 @@ class Part(NamedTuple):
         v: [X, Y, keys, dv]
         bias: [X or 1, Y or 1, rows or 1, keys] added to the scaled logits, constant in the gradient; or None.
         causal: True if row i sees the first i + 1 keys only.
+        tiles: The arrangement of the queries that these keys and this bias are for, with Y' in the place of Y.
     """
 
     k: Tensor
     v: Tensor
     bias: Tensor | None = None
     causal: bool = False
+    tiles: Tiles | None = None
 
 
 def merged(q: Tensor, parts: Sequence[Part], scale: float) -> tuple[Tensor, Tensor]:
@@ -46,8 +62,10 @@ def merged(q: Tensor, parts: Sequence[Part], scale: float) -> tuple[Tensor, Tens
         which carries no gradient. Rows that see no key are zero, with lse -inf.
     """
     width, wide = q.shape[-1], parts[0].v.shape[-1]
+    if len(parts) == 1 and wide == width and parts[0].tiles is None and not _learns(q, parts[0]):
+        return _attend(q, *parts[0][:4], scale)
     biases = [None if p.bias is None else p.bias.detach() for p in parts]
-    spec = (scale, tuple(p.causal for p in parts), biases)
+    spec = (scale, tuple(p.causal for p in parts), biases, tuple(p.tiles for p in parts))
     outs = []
     lse: Tensor | None = None
     for start in range(0, wide, width):  # the kernel wants values as wide as keys
@@ -62,21 +80,33 @@ def merged(q: Tensor, parts: Sequence[Part], scale: float) -> tuple[Tensor, Tens
     return out[..., :wide], lse
 
 
+def _learns(q: Tensor, part: Part) -> bool:
+    """Whether a gradient may be asked for; where none is, short attention is spared the detour."""
+    return torch.is_grad_enabled() and (q.requires_grad or part.k.requires_grad or part.v.requires_grad)
+
+
 class _Merged(torch.autograd.Function):
     """Forward over all parts; backward once for each part with the merged output and log-sum-exp."""
 
     @staticmethod
     def forward(ctx: Any, spec: Any, q: Tensor, *kv: Tensor) -> tuple[Tensor, Tensor]:
         """Outputs of the parts, weighted by their shares of the denominator."""
-        scale, causal, biases = spec
-        found = [_attend(q, kv[2 * i], kv[2 * i + 1], biases[i], causal[i], scale) for i in range(len(causal))]
+        scale, causal, biases, tiles = spec
+        found = []
+        for i in range(len(causal)):
+            rows = _arranged(q, tiles[i], kv[2 * i])
+            out, lse = _attend(rows, kv[2 * i], kv[2 * i + 1], biases[i], causal[i], scale)
+            found.append((_back(out, tiles[i], q), _back(lse.unsqueeze(-1), tiles[i], q).squeeze(-1)))
         if len(found) == 1:
             out, lse = found[0]
         else:
             stack = torch.stack([lse for _, lse in found])
             lse = torch.logsumexp(stack, 0)
             shares = torch.exp(stack - lse.masked_fill(lse == _HIDDEN, 0.0)).unsqueeze(-1)
-            out = sum(share * part.to(share.dtype) for share, (part, _) in zip(shares, found, strict=True)).to(q.dtype)
+            mixed = shares[0] * found[0][0].to(shares.dtype)
+            for share, (part, _) in zip(shares[1:], found[1:], strict=True):
+                mixed.addcmul_(share, part.to(share.dtype))
+            out = mixed.to(q.dtype)
         ctx.spec = spec
         ctx.save_for_backward(q, out, lse, *kv)
         ctx.mark_non_differentiable(lse)
@@ -85,18 +115,38 @@ class _Merged(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _lse: Tensor) -> tuple[Tensor | None, ...]:
         """Softmax's gradient needs only the final probabilities, so each part gives its share by itself."""
-        scale, causal, biases = ctx.spec
+        scale, causal, biases, tiles = ctx.spec
         q, out, lse, *kv = ctx.saved_tensors
         lse = lse.masked_fill(lse == _HIDDEN, _NEVER)
         dq: Tensor | None = None
         grads: list[Tensor] = []
         for i in range(len(causal)):
+            k, v = kv[2 * i : 2 * i + 2]
+            up, rows, answer, total = (_arranged(x, tiles[i], k) for x in (grad, q, out, lse.unsqueeze(-1)))
+            if tiles[i] is not None:  # places without a query take no part
+                up = up.masked_fill((tiles[i].rows < 0).reshape(*up.shape[:3], 1), 0.0)
             own, dk, dv = _differentiate(
-                grad.contiguous(), q, kv[2 * i], kv[2 * i + 1], out, lse, biases[i], causal[i], scale
+                up.contiguous(), rows, k, v, answer, total.squeeze(-1), biases[i], causal[i], scale
             )
+            own = _back(own, tiles[i], q)
             dq = own if dq is None else dq + own
             grads += [dk, dv]
         return (None, dq, *grads)
+
+
+def _arranged(x: Tensor, tiles: Tiles | None, k: Tensor) -> Tensor:
+    """Rows [X, Y, rows, d] in a part's tiles [X, Y', rows', d]; as they are without tiles."""
+    if tiles is None:
+        return x
+    places = tiles.rows.clamp_min(0)
+    return rows_at(x.flatten(1, 2), places).reshape(x.shape[0], k.shape[1], -1, x.shape[-1])
+
+
+def _back(x: Tensor, tiles: Tiles | None, q: Tensor) -> Tensor:
+    """Rows of a part's tiles at the places of the queries q [X, Y, rows, d]."""
+    if tiles is None:
+        return x
+    return rows_at(x.flatten(1, 2), tiles.back).reshape(*q.shape[:3], x.shape[-1])
 
 
 def _has_kernel(q: Tensor) -> bool:

@@ -19,7 +19,7 @@ _VALUE_FEATURES = 10
 """Directions in which trees measure distances."""
 _MOMENT_ROWS = 512
 """Rows from which second moments are estimated."""
-_VALUE_SHARE = 3.0
+_VALUE_SHARE = 2.0
 """Spread of the values beside that of the keys in the metric of the tree; a leaf loses what differs in both."""
 _FLOOR = 1e-30
 """Probability below which a pilot says nothing of a leaf."""
@@ -81,7 +81,8 @@ def key_features(k: Tensor, valid: Tensor | None, queries: Tensor, count: int = 
     size = torch.diagonal(moment, dim1=1, dim2=2).mean(-1)[:, None, None]
     eye = torch.eye(k.shape[-1], device=k.device)
     lower = torch.linalg.cholesky(moment + (1e-4 * size + 1e-12) * eye)
-    return lower @ _main(rows_for_moments(k, valid).float() @ lower, count)
+    found: Tensor = lower @ _main(rows_for_moments(k, valid).float() @ lower, count)
+    return found
 
 
 @torch.no_grad()
@@ -91,10 +92,16 @@ def value_features(v: Tensor, valid: Tensor | None, count: int = _VALUE_FEATURES
 
 
 def _main(x: Tensor, count: int) -> Tensor:
-    """Orthonormal directions of the largest variances of rows [X, n, d], [X, d, min(count, d)]."""
+    """Orthogonal directions of the largest variances of rows [X, n, d], [X, d, min(count, d)].
+
+    They are stretched so that squared distances along them are on average those in all directions.
+    """
     centred = x - x.mean(1, keepdim=True)
-    _, vectors = torch.linalg.eigh(centred.mT @ centred / x.shape[1])
-    return vectors[..., -count:]
+    values, vectors = torch.linalg.eigh(centred.mT @ centred / x.shape[1])
+    values = values.clamp_min(0.0)
+    stretch = (values.sum(-1) / values[:, -count:].sum(-1).clamp_min(_FLOOR)).clamp_min(1.0).sqrt()
+    found: Tensor = vectors[..., -count:] * stretch[:, None, None]
+    return found
 
 
 @torch.no_grad()

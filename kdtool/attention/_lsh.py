@@ -6,8 +6,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kdtool.attention import exact
-from kdtool.attention._base import Call, counted, generator
 from kdtool.attention._flash import Part, merged
 from kdtool.attention._tree import rows_at
 
@@ -84,13 +82,13 @@ def blocks_and_samples(
     sorted_k, sorted_v = rows_at(k, key_order), rows_at(v, key_order)
     hidden = None if valid is None else ~valid.gather(1, key_order)
     fill, more = blocks * bucket - n, blocks * size - nq
-    own_k, own_v = (functional.pad(x, (0, 0, 0, fill)).reshape(sets, blocks, bucket, -1) for x in (sorted_k, sorted_v))
+    own_k, own_v = (_filled(x, fill).reshape(sets, blocks, bucket, -1) for x in (sorted_k, sorted_v))
     bias = None
     if fill or hidden is not None:
         gone = torch.zeros((sets, n), dtype=torch.bool, device=q.device) if hidden is None else hidden
         gone = functional.pad(gone, (0, fill), value=True).reshape(sets, blocks, 1, bucket)
         bias = torch.zeros(gone.shape, device=q.device).masked_fill_(gone, _HIDDEN)
-    rows = functional.pad(rows_at(q, query_order), (0, 0, 0, more)).reshape(sets, blocks, size, width)
+    rows = _filled(rows_at(q, query_order), more).reshape(sets, blocks, size, width)
     parts = [Part(own_k, own_v, bias)]
     if samples is not None and weights is not None:
         outside = samples.unsqueeze(1) // bucket != torch.arange(blocks, device=q.device)[:, None]
@@ -105,6 +103,11 @@ def blocks_and_samples(
     return rows_at(out.flatten(1, 2), back), lse.flatten(1, 2).gather(1, back)
 
 
+def _filled(x: Tensor, rows: int) -> Tensor:
+    """Rows of zeros behind those of x [X, n, d]; no copy where there are none."""
+    return functional.pad(x, (0, 0, 0, rows)) if rows else x
+
+
 def log_weights(p: Tensor, samples: Tensor) -> Tensor:
     """log(1 / (m P)) of m samples [X, m] drawn with P [X, n]; -inf where P is 0."""
     chance = p.gather(1, samples)
@@ -116,46 +119,6 @@ Draw = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor], 
 the places [X, m] drawn in that order and the logarithms [X, m] of what they stand for; None for no samples."""
 
 
-def hashed(
-    q: Tensor, k: Tensor, v: Tensor, call: Call, bucket: int, projections: int, min_length: int, draw: Draw
-) -> tuple[Tensor, Tensor]:
-    """Attention to blocks that hash alike and to samples; query heads that share a key head are rows of one set.
-
-    Exact below `min_length` keys, in one block, causal, with windows and with biases.
-
-    Args:
-        q: [B, Hq, nq, d]
-        k: [B, Hkv, n, d]
-        v: [B, Hkv, n, dv]
-        call: Scale, key mask, seed.
-        bucket: Keys in a block.
-        projections: Hyperplanes of the hash.
-        min_length: Fewest keys.
-        draw: Chooses the samples.
-
-    Returns:
-        out [B, Hq, nq, dv] and lse [B, Hq, nq], the log of the estimated denominator.
-    """
-    batch, heads, nq, width = q.shape
-    kv, n = k.shape[1:3]
-    if call.causal or call.window is not None or call.bias is not None or n <= bucket or n < min_length:
-        return exact.attend(q, k, v, call)
-    rows = q.reshape(batch * kv, heads // kv * nq, width)
-    keys, values = k.flatten(0, 1), v.flatten(0, 1)
-    valid, real = counted(call, kv, heads // kv, nq, n)
-    with torch.no_grad():
-        planes = torch.randn(width, projections, generator=generator(call.seed, q.device), device=q.device)
-        query_order, key_order = (
-            order_of(_last(gray_rank(codes(x.float(), planes), projections), counts, projections))
-            for x, counts in ((rows, real), (keys, valid))
-        )
-        samples, weights = draw(rows, keys, values, valid, real, key_order) or (None, None)
-    out, lse = blocks_and_samples(
-        rows, keys, values, query_order, key_order, bucket, samples, weights, call.scale, valid
-    )
-    return out.reshape(*q.shape[:3], -1), lse.reshape(q.shape[:3])
-
-
-def _last(rank: Tensor, counts: Tensor | None, bits: int) -> Tensor:
+def last(rank: Tensor, counts: Tensor | None, bits: int) -> Tensor:
     """Ranks in which what does not count comes last, where it moves nothing else."""
     return rank if counts is None else rank.masked_fill(~counts, 1 << bits)

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from kdtool.attention import exact
-from kdtool.attention._base import Call, State, counted
+from kdtool.attention._base import Call, State, counted, short
 from kdtool.attention._blocks import Leaves, attend_in_blocks, in_place, near_and_far
 from kdtool.attention._causal import attend_in_chunks
 from kdtool.attention._flash import Part, merged
@@ -41,13 +41,13 @@ class Config:
     chunk: Annotated[int, Field(ge=16)] = 1024
     """Length of the exact causal chunks."""
     min_length: Annotated[int, Field(ge=0)] = 2048
-    """Fewer keys than this are attended to exactly."""
+    """Fewer keys than this, twice as many when causal, are attended to exactly; with few queries more."""
 
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, call: Call, config: Config | None = None, state: State | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Approximate attention; exact below `min_length` keys, with windows and with biases.
+    """Approximate attention; exact where it is short, with windows and with biases.
 
     Args:
         q: [B, Hq, nq, d]
@@ -63,7 +63,8 @@ def attend(
     """
     config = config or Config()
     n, nq = k.shape[2], q.shape[2]
-    plain = call.window is None and call.bias is None and n >= max(config.min_length, 2)
+    groups = q.shape[1] // k.shape[1]
+    plain = call.window is None and call.bias is None and n > 1 and not short(call, groups, nq, n, config.min_length)
     if call.causal:
         if not plain or nq != n or n <= config.chunk:
             return exact.attend(q, k, v, call)

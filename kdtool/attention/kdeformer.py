@@ -3,7 +3,8 @@
 Queries and keys are sorted by hyperplane hashes in an order that changes one bit at a time. Block t of the
 queries attends exactly to block t of the keys; m keys, drawn with P_j ~ |V+_j| / lam + 1/n (V+ = [V, 1], lam the
 largest eigenvalue of V+^T V+), stand for the rest with weights 1 / (m P_j). The defects of the published code
-(no maximum subtracted, fixed multiples, no masks) are mended. Causal attention is computed exactly.
+(no maximum subtracted, fixed multiples, no masks) are mended. Causal attention is halved as in HyperAttention, without
+its look ahead.
 """
 
 from dataclasses import dataclass
@@ -16,11 +17,12 @@ from torch.nn import functional
 
 from kdtool.attention import _lsh
 from kdtool.attention._base import Call, State, generator
+from kdtool.attention._hashed import hashed
 
 paper: str = (
     "Zandieh et al., KDEformer: Accelerating Transformers via Kernel Density Estimation, ICML 2023, arXiv 2302.02451"
 )
-causal: bool = False
+causal: bool = True
 
 _STEPS = 32
 """Power iterations for lam."""
@@ -37,7 +39,7 @@ class Config:
     projections: Annotated[int, Field(ge=1, le=30)] = 7
     """r, hyperplanes of the hash."""
     min_length: Annotated[int, Field(ge=0)] = 4096
-    """Fewer keys than this are attended to exactly."""
+    """Fewer keys than this, twice as many when causal, are attended to exactly; with few queries more."""
 
 
 def probabilities(v: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -69,7 +71,7 @@ def probabilities(v: Tensor, valid: Tensor | None = None) -> Tensor:
 def attend(
     q: Tensor, k: Tensor, v: Tensor, call: Call, config: Config | None = None, state: State | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Approximate attention; see `kdtool.attention._lsh.hashed` for when it is exact.
+    """Approximate attention; see `kdtool.attention._hashed.hashed` for when it is exact.
 
     Args:
         q: [B, Hq, nq, d]
@@ -94,4 +96,4 @@ def attend(
         samples = torch.multinomial(safe, c.samples, replacement=True, generator=generator(call.seed + 1, q.device))
         return samples, _lsh.log_weights(p, samples)
 
-    return _lsh.hashed(q, k, v, call, c.bucket, c.projections, c.min_length, draw)
+    return hashed(q, k, v, call, c.bucket, c.projections, c.min_length, draw)

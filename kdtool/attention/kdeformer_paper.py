@@ -15,12 +15,13 @@ from torch import Tensor
 
 from kdtool.attention import _lsh
 from kdtool.attention._base import Call, State, generator
+from kdtool.attention._hashed import hashed
 from kdtool.attention._leaves import pick
 
 paper: str = (
     "Zandieh et al., KDEformer: Accelerating Transformers via Kernel Density Estimation, ICML 2023, arXiv 2302.02451"
 )
-causal: bool = False
+causal: bool = True
 
 _UNIFORM = 0.1
 """Share of the probability that every key gets alike."""
@@ -39,7 +40,7 @@ class Config:
     projections: Annotated[int, Field(ge=1, le=30)] = 7
     """r, hyperplanes of the hash."""
     min_length: Annotated[int, Field(ge=0)] = 4096
-    """Fewer keys than this are attended to exactly."""
+    """Fewer keys than this, twice as many when causal, are attended to exactly; with few queries more."""
 
 
 def probabilities(pilots: Tensor, k: Tensor, v: Tensor, scale: float, valid: Tensor | None = None) -> Tensor:
@@ -87,7 +88,7 @@ def systematic(p: Tensor, count: int, draw: torch.Generator) -> Tensor:
 def attend(
     q: Tensor, k: Tensor, v: Tensor, call: Call, config: Config | None = None, state: State | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Approximate attention; see `kdtool.attention._lsh.hashed` for when it is exact.
+    """Approximate attention; see `kdtool.attention._hashed.hashed` for when it is exact.
 
     Args:
         q: [B, Hq, nq, d]
@@ -110,4 +111,4 @@ def attend(
         samples = systematic(p, c.samples, generator(call.seed + 1, q.device))
         return samples, _lsh.log_weights(p, samples)
 
-    return _lsh.hashed(q, k, v, call, c.bucket, c.projections, c.min_length, draw)
+    return hashed(q, k, v, call, c.bucket, c.projections, c.min_length, draw)

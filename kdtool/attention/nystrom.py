@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from kdtool.attention import exact
-from kdtool.attention._base import Call, State, repeat_heads
+from kdtool.attention._base import Call, State, repeat_heads, short
 from kdtool.attention._flash import Part, merged
 
 paper: str = (
@@ -112,7 +112,7 @@ def attend(
     c = config or Config()
     heads, n = q.shape[1], k.shape[2]
     general = call.causal or call.window is not None or call.bias is not None or q.shape[2] != n
-    if general or n <= c.landmarks or n < c.min_length:
+    if general or n <= c.landmarks or short(call, heads // k.shape[1], n, n, c.min_length):
         return exact.attend(q, k, v, call)
     # the pseudo-inverse has large entries of both signs: what it multiplies must not be rounded to half precision
     kind = torch.float64 if q.dtype == torch.float64 else torch.float32

@@ -5,9 +5,9 @@ import re
 from pathlib import Path
 
 from kdtool import benchmarks
-from kdtool.config import RunConfig, stages
+from kdtool.config import RunConfig, before_recovery, stages
 from kdtool.errors import OutputProblem, UsageProblem, nearest
-from kdtool.gates import parse_drops, parse_gates
+from kdtool.gates import parse_budget, parse_drops, parse_gates
 from kdtool.registry import ATTENTION, COMPRESSORS, EXPORTERS, METHODS, TASKS, check_fit
 
 MARKER = ".kdtool/run.json"
@@ -92,10 +92,26 @@ def _check_compress(config: RunConfig) -> None:
     has_data = config.data.source is not None or config.eval.benchmark is not None
     METHODS.check(config.recover.method)
     for name in names:
-        if COMPRESSORS.info(name).facts.get("trains") and not has_data:
-            raise UsageProblem(f"{name} trains on data", hint="add --data DATA")
+        facts = COMPRESSORS.info(name).facts
+        if not has_data and (facts.get("trains") or facts.get("needs_data")):
+            does = "trains on" if facts.get("trains") else "looks at"
+            raise UsageProblem(f"{name} {does} data", hint="add --data DATA")
         if config.data.task is not None:
             check_fit(name, config.data.task, COMPRESSORS)
+    if config.search.budget is not None:
+        parse_budget(config.search.budget)
+        searched = [name for name in COMPRESSORS.names() if COMPRESSORS.info(name).facts.get("dials")]
+        if not set(names) & set(searched):
+            raise UsageProblem(
+                f"--budget: {config.method_name} has no setting to search",
+                hint=f"those that have: {', '.join(searched)}",
+            )
+    if config.recover.steps is not None and not before_recovery(names):
+        raise UsageProblem(
+            f"--recover has nothing to recover from before {names[0]}",
+            why=f"training would undo what {names[0]} does, or does not concern it",
+            hint=f"leave --recover out, or put a stage before it: --method layers,{names[0]}",
+        )
     if config.recover.steps is not None and not has_data:
         raise UsageProblem("--recover trains on data", hint="add --data DATA")
     if config.eval.fail_under and not has_data:

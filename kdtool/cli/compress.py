@@ -11,6 +11,7 @@ EXAMPLES = examples(
     "kdtool compress ./model --method layers -o ./smaller",
     "kdtool compress ./model --method width --set method.ffn=0.5 --data ./reviews.jsonl -o ./smaller",
     "kdtool compress ./model --method layers,low-rank --data ./reviews.jsonl --recover 500 -o ./smaller",
+    "kdtool compress ./model --method width,quantize --data ./reviews.jsonl --budget parameters=0.5 -o ./smaller",
 )
 
 
@@ -33,6 +34,7 @@ def compress(
     benchmark: o.Benchmark = None,
     metrics: o.Metrics = None,
     compressors: o.Compressors = None,
+    budget: o.Budget = None,
     recover: o.Recover = None,
     recover_method: o.RecoverMethod = None,
     batch_size: o.BatchSize = None,

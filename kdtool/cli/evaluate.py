@@ -11,6 +11,7 @@ EXAMPLES = examples(
     "kdtool evaluate ./student --data ./reviews.jsonl --metrics accuracy,ece",
     "kdtool evaluate ./student --teacher ./teacher --data ./reviews.jsonl --fail-under accuracy.retention=0.97",
     "kdtool evaluate owner/model --data owner/set#test --json > result.json",
+    "kdtool evaluate ./patched --teacher ./exact --data ./reviews.jsonl --lengths 512,2048,8192",
 )
 
 
@@ -34,6 +35,7 @@ def evaluate(
     metrics: o.Metrics = None,
     temperature_scaling: o.TemperatureScaling = None,
     limit: o.Limit = None,
+    lengths: o.Lengths = None,
     seed: o.Seed = None,
     output: o.Output = None,
     overwrite: o.Overwrite = None,

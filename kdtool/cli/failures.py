@@ -50,7 +50,7 @@ def explain(error: BaseException, session: Session) -> KdtoolError:
 
 def without_secrets(text: str) -> str:
     """Replace the tokens in use, and what looks like one, by a mark."""
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "KDTOOL_TOKEN"):
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "KDTOOL_TOKEN", "KDTOOL_ENDPOINT_KEY", "OPENAI_API_KEY"):
         value = os.environ.get(name, "")
         if len(value) >= 4:
             text = text.replace(value, "[redacted]")

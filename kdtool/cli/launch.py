@@ -75,8 +75,9 @@ def build_config(command: "Command", values: Mapping[str, Any], context: typer.C
         options["eval.metrics"] = [name.strip() for name in options["eval.metrics"].split(",") if name.strip()]
     if "eval.seeds" in options:
         options["eval.seeds"] = seed_list(options["eval.seeds"])
-    if "patch.lengths" in options:
-        options["patch.lengths"] = seed_list(options["patch.lengths"], "--lengths")
+    for key in ("patch.lengths", "eval.lengths"):
+        if key in options:
+            options[key] = seed_list(options[key], "--lengths")
     if values.get("no_teacher_cache"):
         options["train.teacher_cache"] = False
     config = load_config(command, values["config"], overrides, options)

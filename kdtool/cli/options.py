@@ -148,7 +148,12 @@ MaxError = Annotated[
 ]
 Lengths = Annotated[
     str | None,
-    _option("--lengths", panel=METHOD, text="Numbers of keys to measure at (default 512,2048).", metavar="N,N,..."),
+    _option(
+        "--lengths",
+        panel=DATA,
+        text="Tokens of the inputs to measure at (patch-attention: default 512,2048; evaluate: time and memory).",
+        metavar="N,N,...",
+    ),
 ]
 MaxDrop = Annotated[
     list[str] | None,
@@ -180,6 +185,15 @@ RecoverMethod = Annotated[
         text="Distillation method of --recover (default kd).",
         metavar="NAME",
         autocompletion=complete.names("methods"),
+    ),
+]
+Budget = Annotated[
+    str | None,
+    _option(
+        "--budget",
+        panel=METHOD,
+        text="Search settings that leave a share of parameters, bytes or latency.",
+        metavar="parameters=0.5",
     ),
 ]
 
@@ -232,7 +246,7 @@ Benchmark = Annotated[
     _option(
         "--benchmark",
         panel=DATA,
-        text="Named benchmark: data, columns and metrics in one word.",
+        text="Named benchmark: data, columns and metrics in one word; or lm-eval:TASK.",
         metavar="NAME",
         autocompletion=complete.benchmarks,
     ),
@@ -317,6 +331,7 @@ KEYS: Mapping[str, str] = {
     "method": "method.name",
     "recover": "recover.steps",
     "recover_method": "recover.method",
+    "budget": "search.budget",
     "epochs": "train.epochs",
     "max_steps": "train.max_steps",
     "batch_size": "train.batch_size",
@@ -357,7 +372,7 @@ COMMAND_KEYS: Mapping[str, Mapping[str, str]] = {
     "distill": {},
     "compare": {},
     "compress": {"model": "teacher.model", "compressors": "method.name"},
-    "evaluate": {"model": "student.model", "limit": "data.test_limit"},
+    "evaluate": {"model": "student.model", "limit": "data.test_limit", "lengths": "eval.lengths"},
     "export": {"model": "teacher.model"},
     "patch-attention": {"model": "teacher.model", "limit": "data.test_limit"},
 }

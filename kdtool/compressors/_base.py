@@ -4,11 +4,21 @@ A compressor is a file with `Config` (a frozen dataclass of literal defaults), t
 
     compress(loaded, config, context) -> Loaded
 
-It must leave the model it is given as it is. A compressor that trains says so by the literal `trains = True`; one
-that does not fit every task names those it fits in the literal `tasks`, and in `needs` what the others lack.
+It must leave the model it is given as it is. Further literals say more about it, each with a default:
+
+    tasks = frozenset({...})   tasks whose models it takes (all)
+    needs = "an encoder"       what models of other tasks lack
+    trains = True              it trains on the rows (False)
+    needs_data = True          it does not train, and cannot do without data either (False)
+    trainable = False          training would undo it, so recovery comes before it (True)
+    late = True                as a last stage it comes after recovery, which does not concern it (False)
+    dials = {"keep": 0.05}     settings that a budget may turn (none): shares from 1, which is all, down to the
+                               least, or ("int8", "int4"), names from the largest result to the smallest
+    streams = True             it has `stream`, which works weight by weight (False)
 """
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,12 +26,15 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from kdtool.config import TrainSection
 from kdtool.data.examples import Examples
 from kdtool.derive import depth_of
 from kdtool.errors import ModelProblem
+from kdtool.lazy import State, held
+from kdtool.modeling.compressed import KINDS, CompressedConfig, CompressedModel, compressed_config, make_compressed
 from kdtool.models import Loaded
 from kdtool.run import Run
 from kdtool.tasks._base import Batch, Task
@@ -37,12 +50,14 @@ class Context:
 
     Attributes:
         task: Runs the model.
-        batches: Real inputs without labels, for statistics and for comparing outputs; None without data.
+        batches: Real inputs, for statistics and for comparing outputs, with labels where there are some; None
+            without data.
         run: Context of the run.
-        rows: Encoded training rows, for compressors that train; None where there are none.
+        rows: Encoded training rows, for compressors that train or count; None where there are none.
         train: How to train on them; length and learning rates are the compressor's own.
         checkpoints: Where its checkpoints go; None for none.
         views: Makes altered rows to train on; None to train on the rows as they are.
+        memo: Where a search lets a compressor keep what it found out about a model, by name; None elsewhere.
     """
 
     task: Task
@@ -52,6 +67,24 @@ class Context:
     train: TrainSection = field(default_factory=TrainSection)
     checkpoints: Path | None = None
     views: Views | None = None
+    memo: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What `stream` gives: a model whose weights are still to be read or computed.
+
+    Attributes:
+        config: Configuration of the new model.
+        state: Its weights.
+        facts: What a report says of it.
+        processor: The new tokenizer, where it is another one.
+    """
+
+    config: Any
+    state: State
+    facts: dict[str, Any] = field(default_factory=dict)
+    processor: Any = None
 
 
 def body_config(config: Any) -> Any:
@@ -70,22 +103,104 @@ def layers_of(loaded: Loaded) -> tuple[str, list[nn.Module]]:
     return path, list(loaded.model.get_submodule(path).children())
 
 
-def rebuilt(loaded: Loaded, config: Any, state: Mapping[str, Tensor], **facts: Any) -> Loaded:
-    """A model of the same class with another configuration and other weights.
+def empty_model(loaded: Loaded, config: Any, context: Context | None = None) -> Any:
+    """A model for a configuration that was made of a model's own; its weights are still to be loaded.
+
+    The context names the task where the configuration states other forms.
+    """
+    if isinstance(config, CompressedConfig):
+        assert context is not None
+        return make_compressed(context.task.auto_class, config)
+    with torch.random.fork_rng(devices=[]):
+        return type(loaded.model)(config)
+
+
+def skeleton(loaded: Loaded, config: Any, context: Context) -> Any:
+    """Such a model on the device `meta`, to read shapes from."""
+    with torch.device("meta"):
+        return empty_model(loaded, config, context)
+
+
+def rebuilt(loaded: Loaded, made: Made, context: Context | None = None) -> Loaded:
+    """The model that a configuration and a state describe, in memory.
 
     Raises:
         ModelProblem: the weights are not of the shapes that the configuration states.
     """
-    with torch.random.fork_rng():
-        model = type(loaded.model)(config)
+    model = empty_model(loaded, made.config, context)
+    missing = set(model.state_dict()) - set(made.state)
     try:
-        model.load_state_dict(state)
+        found = model.load_state_dict({name: lazy.load() for name, lazy in made.state.items()}, strict=False)
     except RuntimeError as error:
-        raise ModelProblem(
-            f"'{loaded.ref}' cannot be cut this way: its configuration does not state such shapes",
-            why=str(error).strip().rsplit("\n", 1)[-1].strip()[:300],
-        ) from None
-    return Loaded(model.eval(), loaded.processor, loaded.ref, None, None, carried(loaded, **facts))
+        raise _misfit(loaded, str(error)) from None
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    if found.unexpected_keys or missing - tied:
+        raise _misfit(loaded, f"not to be placed: {[*found.unexpected_keys, *sorted(missing - tied)][0]}")
+    model.tie_weights()
+    if hasattr(loaded.model, "generation_config") and model.can_generate():
+        model.generation_config = copy.deepcopy(loaded.model.generation_config)
+    processor = loaded.processor if made.processor is None else made.processor
+    return Loaded(model.eval(), processor, loaded.ref, None, None, carried(loaded, **made.facts))
+
+
+def _misfit(loaded: Loaded, why: str) -> ModelProblem:
+    return ModelProblem(
+        f"'{loaded.ref}' cannot be cut this way: its configuration does not state such shapes",
+        why=why.strip().rsplit("\n", 1)[-1].strip()[:300],
+    )
+
+
+Stream: TypeAlias = Callable[[Loaded, State, Any, Context], Made]
+
+
+def in_memory(stream: Stream, loaded: Loaded, config: Any, context: Context) -> Loaded:
+    """What a compressor that works weight by weight makes of a model in memory."""
+    return rebuilt(loaded, stream(loaded, held(loaded.model.state_dict()), config, context), context)
+
+
+def reformed(loaded: Loaded, config: Any, forms: Mapping[str, Mapping[str, Any]], context: Context) -> tuple[Any, str]:
+    """A configuration with some modules in other forms, and the prefix that names of weights get by it.
+
+    Args:
+        loaded: The model as it is.
+        config: Its configuration, or that of a smaller one.
+        forms: Module path in it to its form; see `kdtool.modeling.compressed`.
+        context: Gives the task.
+
+    Raises:
+        ModelProblem: the task has no models of such forms.
+    """
+    if context.task.auto_class not in KINDS:
+        raise ModelProblem(f"'{loaded.ref}' cannot take such forms", why=f"its task is {context.task.name}")
+    prefix = f"{CompressedModel.base_model_prefix}."
+    inside = {path.removeprefix(prefix): spec for path, spec in forms.items()}
+    wrapped = isinstance(loaded.model, CompressedModel)
+    return compressed_config(config, inside), "" if wrapped else prefix
+
+
+def renumber(batch: Batch, ids: Tensor) -> Batch:
+    """A batch in the numbers of another vocabulary.
+
+    Args:
+        batch: With or without `input_ids`.
+        ids: New number of each old token.
+    """
+    changed = {key: ids[batch[key]] for key in ("input_ids",) if key in batch}
+    if "labels" in batch and batch["labels"].shape == batch.get("input_ids", torch.empty(0)).shape:
+        kept = batch["labels"] >= 0
+        changed["labels"] = torch.where(kept, ids[batch["labels"].clamp_min(0)], batch["labels"])
+    return batch | changed
+
+
+def known(context: Context, key: str, loaded: Loaded, find: Callable[[], Any]) -> Any:
+    """What `find` gives, kept where a search asks for it again for the same model."""
+    if context.memo is None:
+        return find()
+    of, found = context.memo.get(key, (None, None))
+    if of is not loaded.model:
+        found = find()
+        context.memo[key] = (loaded.model, found)
+    return found
 
 
 def carried(loaded: Loaded, **facts: Any) -> dict[str, Any]:
@@ -93,11 +208,15 @@ def carried(loaded: Loaded, **facts: Any) -> dict[str, Any]:
     return {"new_weights": [], "dtype": loaded.facts.get("dtype", "float32"), **facts}
 
 
-def shape_of(module: Linear) -> tuple[int, int]:
-    """Inputs and outputs of a linear map; GPT-2 stores its own the other way round."""
-    if isinstance(module, Conv1D):
-        return int(module.weight.shape[0]), int(module.weight.shape[1])
-    return module.in_features, module.out_features
+def matrix_of(module: Linear, weight: Tensor) -> Tensor:
+    """A map's weights as [outputs, inputs]; a view, so that changes in place write through."""
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def linear_parts(loaded: Loaded) -> dict[str, Linear]:
+    """The linear maps of all layers, by path in the model."""
+    path, layers = layers_of(loaded)
+    return {f"{path}.{i}.{name}": part for i, layer in enumerate(layers) for name, part in linears(layer).items()}
 
 
 def linears(module: nn.Module) -> dict[str, Linear]:
@@ -118,6 +237,27 @@ def watching(modules: Mapping[str, nn.Module], note: Callable[[str, Tensor], Non
     finally:
         for handle in handles:
             handle.remove()
+
+
+def divergence(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+    """Mean Kullback-Leibler divergence of outputs [units, classes] from those before, in nats."""
+    pairs = [(a.log_softmax(-1), b.log_softmax(-1)) for a, b in zip(before, after, strict=True)]
+    total = sum(float((p.exp() * (p - q)).sum()) for p, q in pairs)
+    return total / sum(len(p) for p, _ in pairs)
+
+
+@torch.no_grad()
+def loss_over(model: nn.Module, context: Context) -> float | None:
+    """Mean cross-entropy of the batches, in nats; None where they have no labels."""
+    model.eval()
+    total, units = 0.0, 0
+    for batch in context.batches or ():
+        out = context.task.forward(model, batch)
+        if out.labels is None:
+            return None
+        total += float(functional.cross_entropy(out.logits.float(), out.labels, reduction="sum"))
+        units += len(out.logits)
+    return total / units if units else None
 
 
 @torch.no_grad()

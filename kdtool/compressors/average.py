@@ -1,13 +1,17 @@
 """The mean of several checkpoints of one model: nothing smaller, often a little better."""
 
-import copy
 from dataclasses import dataclass
 
-from kdtool.compressors._base import Context, carried
+import torch
+from torch import Tensor
+
+from kdtool.compressors._base import Context, Made, in_memory
 from kdtool.errors import ModelProblem, UsageProblem
-from kdtool.models import Loaded, load_model
+from kdtool.lazy import Lazy, State, held, row_blocks
+from kdtool.models import Loaded, load_model, load_skeleton
 
 paper = "Wortsman et al.: Model soups: averaging weights of multiple fine-tuned models, 2022, arXiv:2203.05482"
+streams = True
 
 
 @dataclass(frozen=True)
@@ -18,8 +22,29 @@ class Config:
     """The other checkpoints: folders or Hub ids of models of the same shape."""
 
 
-def compress(loaded: Loaded, config: Config, context: Context) -> Loaded:
-    """A model whose weights are the mean of the model's and the others'.
+def _others(loaded: Loaded, config: Config, context: Context) -> list[State]:
+    """The weights of the other checkpoints, in memory only where the model is."""
+    if next(loaded.model.parameters()).is_meta:
+        return [load_skeleton(name, context.task.auto_class, context.run)[1] for name in config.models]
+    models = [load_model(name, context.task.auto_class, context.run, "model").model for name in config.models]
+    return [held(model.state_dict()) for model in models]
+
+
+def _mean(parts: list[Lazy]) -> Lazy:
+    def load() -> Tensor:
+        first = parts[0].load()
+        others = [part.load() for part in parts[1:]]
+        if not first.ndim:
+            return torch.stack([first, *others]).double().mean().to(first.dtype)
+        for rows in row_blocks(first):
+            first[rows] = sum((other[rows].double() for other in others), first[rows].double()) / len(parts)
+        return first
+
+    return Lazy(parts[0].shape, parts[0].dtype, load)
+
+
+def stream(loaded: Loaded, state: State, config: Config, context: Context) -> Made:
+    """A model whose weights are the mean of the model's and the others', weight by weight.
 
     Raises:
         UsageProblem: no other checkpoint is named.
@@ -27,20 +52,18 @@ def compress(loaded: Loaded, config: Config, context: Context) -> Loaded:
     """
     if not config.models:
         raise UsageProblem("average: no other checkpoint given", hint="--set method.models=[./run-1,./run-2]")
-    own = loaded.model.state_dict()
-    total = {name: value.double() for name, value in own.items()}
-    for reference in config.models:
-        other = load_model(reference, context.task.auto_class, context.run, "model").model.state_dict()
-        same = other.keys() == own.keys() and all(other[name].shape == own[name].shape for name in own)
-        if not same:
+    others = _others(loaded, config, context)
+    for reference, other in zip(config.models, others, strict=True):
+        if other.keys() != state.keys() or any(other[name].shape != state[name].shape for name in state):
             raise ModelProblem(f"average: '{reference}' is not of the same shape as '{loaded.ref}'")
-        for name, value in other.items():
-            total[name] += value.double()
-    share = 1.0 / (1 + len(config.models))
-    model = copy.deepcopy(loaded.model)
     # buffers of whole numbers, such as counts of batches, stay those of the model itself
-    means = {name: (value * share).to(own[name].dtype) for name, value in total.items()}
-    model.load_state_dict({n: means[n] if own[n].is_floating_point() else own[n] for n in own})
-    return Loaded(
-        model.eval(), loaded.processor, loaded.ref, None, None, carried(loaded, averaged=1 + len(config.models))
-    )
+    means = {
+        name: _mean([own, *(other[name] for other in others)]) if own.dtype.is_floating_point else own
+        for name, own in state.items()
+    }
+    return Made(loaded.model.config, means, {"averaged": 1 + len(others)})
+
+
+def compress(loaded: Loaded, config: Config, context: Context) -> Loaded:
+    """A model whose weights are the mean of the model's and the others'; see `stream`."""
+    return in_memory(stream, loaded, config, context)

@@ -1,17 +1,19 @@
-"""Keep some of the layers: evenly spaced ones, or those whose loss changes the outputs least."""
+"""Keep some of the layers: evenly spaced ones, or those that the outputs or the loss on data miss most."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
 
-from kdtool.compressors._base import Context, carried, layers_of, run_over
-from kdtool.derive import from_layers
+from kdtool.compressors._base import Context, Made, divergence, in_memory, layers_of, loss_over, run_over
+from kdtool.derive import from_layers, keep_layers
 from kdtool.errors import UsageProblem
+from kdtool.lazy import State
 from kdtool.models import Loaded
 
 paper = "Fan, Grave, Joulin: Reducing Transformer Depth on Demand with Structured Dropout, 2019, arXiv:1909.11556"
+streams = True
+dials = {"keep": 0.01}
 
 
 @dataclass(frozen=True)
@@ -22,53 +24,68 @@ class Config:
     """Share of the layers to keep, above 0 and at most 1; at least one stays."""
     layers: str | None = None
     """The layers themselves: a number of evenly spaced ones, or a list such as 0,3,5; wins over keep."""
-    by: Literal["even", "change"] = "even"
-    """Evenly spaced, or drop one after the other the layer without which the outputs on the data change least."""
+    choose: Literal["even", "change", "loss"] = "even"
+    """Evenly spaced, or drop one after the other the layer without which outputs change or loss grows least."""
 
 
-def _divergence(before: list[Tensor], after: list[Tensor]) -> float:
-    """Mean Kullback-Leibler divergence of the outputs from those of the whole model."""
-    pairs = [(a.log_softmax(-1), b.log_softmax(-1)) for a, b in zip(before, after, strict=True)]
-    total = sum(float((p.exp() * (p - q)).sum()) for p, q in pairs)
-    return total / sum(len(p) for p, _ in pairs)
-
-
-def _least_missed(loaded: Loaded, depth: int, count: int, context: Context) -> list[int]:
+def _least_missed(loaded: Loaded, depth: int, count: int, config: Config, context: Context) -> list[int]:
     """Greedy choice of the layers to keep."""
-    expected = run_over(loaded.model, context)
+    expected = run_over(loaded.model, context) if config.choose == "change" else []
+
+    def cost(cut: Loaded) -> float:
+        if config.choose == "change":
+            return divergence(expected, run_over(cut.model, context))
+        loss = loss_over(cut.model, context)
+        if loss is None:
+            raise UsageProblem("layers: choose=loss needs labels", hint="choose=change looks at outputs alone")
+        return loss
+
+    word = "the outputs change by" if config.choose == "change" else "the loss is"
     kept = list(range(depth))
     while len(kept) > count:
-        changes = {}
+        costs = {}
         for candidate in kept:
             rest = [i for i in kept if i != candidate]
-            cut = from_layers(loaded, f"layers:{','.join(map(str, rest))},")
-            changes[candidate] = _divergence(expected, run_over(cut.model, context))
-        dropped = min(changes, key=lambda i: (changes[i], i))
-        context.run.reporter.info(f"without layer {dropped} the outputs change by {changes[dropped]:.4g} nats")
+            costs[candidate] = cost(from_layers(loaded, f"layers:{','.join(map(str, rest))},"))
+        dropped = min(costs, key=lambda i: (costs[i], i))
+        context.run.reporter.info(f"without layer {dropped} {word} {costs[dropped]:.4g} nats")
         kept.remove(dropped)
     return kept
 
 
-def compress(loaded: Loaded, config: Config, context: Context) -> Loaded:
-    """The model with fewer layers.
-
-    Raises:
-        UsageProblem: such layers are not there, or data is needed.
-        ModelProblem: the architecture has no single stack of layers.
-    """
+def _spec(loaded: Loaded, config: Config, context: Context) -> str:
+    """Which layers stay, as `layers:N` or `layers:0,3,5`."""
     depth = len(layers_of(loaded)[1])
     if not 0.0 < config.keep <= 1.0:
         raise UsageProblem(f"layers: keep={config.keep:g} is no share of the layers", hint="above 0 and at most 1")
     count = max(1, round(config.keep * depth))
     if config.layers is not None:
-        spec = f"layers:{config.layers}"
-    elif config.by == "change":
-        if context.batches is None:
-            raise UsageProblem("layers: by=change looks at outputs on data", hint="add --data DATA")
-        with torch.random.fork_rng():
-            spec = f"layers:{','.join(map(str, _least_missed(loaded, depth, count, context)))},"
-    else:
-        spec = f"layers:{count}"
-    made = from_layers(loaded, spec)
-    made.ref, made.facts = loaded.ref, carried(loaded, layers=made.facts["layers"])
-    return made
+        return f"layers:{config.layers}"
+    if config.choose == "even":
+        return f"layers:{count}"
+    if context.batches is None:
+        raise UsageProblem(f"layers: choose={config.choose} looks at data", hint="add --data DATA")
+    if next(loaded.model.parameters()).is_meta:
+        raise UsageProblem(
+            f"layers: choose={config.choose} runs the model, which is not held in memory",
+            hint="choose=even, or --set method.layers=0,3,5",
+        )
+    with torch.random.fork_rng():
+        return f"layers:{','.join(map(str, _least_missed(loaded, depth, count, config, context)))},"
+
+
+def stream(loaded: Loaded, state: State, config: Config, context: Context) -> Made:
+    """The model with fewer layers, weight by weight.
+
+    Raises:
+        UsageProblem: such layers are not there, or data is needed.
+        ModelProblem: the architecture has no single stack of layers.
+    """
+    cut, names, chosen = keep_layers(loaded.model, _spec(loaded, config, context))
+    # tied weights may be stored once, and so under one name
+    return Made(cut, {new: state[old] for old, new in names.items() if old in state}, {"layers": chosen})
+
+
+def compress(loaded: Loaded, config: Config, context: Context) -> Loaded:
+    """The model with fewer layers; see `stream`."""
+    return in_memory(stream, loaded, config, context)

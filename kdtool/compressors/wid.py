@@ -12,12 +12,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from kdtool.compressors._base import Context, body_config, rebuilt
+from kdtool.compressors._base import Context, Made, body_config, rebuilt
 from kdtool.compressors._wid_anatomy import Anatomy, anatomy_of
 from kdtool.compressors._wid_merge import largest_dropped_norm
 from kdtool.compressors._wid_method import Goal, Inheritance
 from kdtool.compressors._wid_schedule import intervals
 from kdtool.errors import KdtoolError, ModelProblem, UsageProblem
+from kdtool.lazy import held
 from kdtool.models import Loaded
 from kdtool.train.loop import Trainer
 from kdtool.train.rehearsal import rehearse
@@ -160,7 +161,7 @@ def untied(loaded: Loaded, anatomy: Anatomy) -> Loaded:
     if "mlm" in anatomy.sizes and getattr(model.config, "tie_word_embeddings", False):
         changed = copy.deepcopy(model.config)
         changed.tie_word_embeddings = False
-        return rebuilt(loaded, changed, model.state_dict())
+        return rebuilt(loaded, Made(changed, held(model.state_dict())))
     return Loaded(model, loaded.processor, loaded.ref, None, None, loaded.facts)
 
 
@@ -171,7 +172,7 @@ def _check_fit(method: Inheritance, loaded: Loaded, config: Config) -> None:
         ModelProblem: they differ, so some part of this architecture is not known.
     """
     method.choose(method.config.schedule)
-    rebuilt(loaded, shrunk(loaded, config, method.anatomy), method.inherited())
+    rebuilt(loaded, Made(shrunk(loaded, config, method.anatomy), held(method.inherited())))
     method.keep_all()
 
 
@@ -229,7 +230,7 @@ def compress(loaded: Loaded, config: Config, context: Context) -> Loaded:
         f"wid: training {sum(p.numel() for p in method.parameters()):,} parameters for {trainer.plan.steps} steps"
     )
     history = trainer.train()
-    made = rebuilt(source, shrunk(source, config, anatomy), method.inherited())
+    made = rebuilt(source, Made(shrunk(source, config, anatomy), held(method.inherited())))
     norm = largest_dropped_norm(method.student, anatomy, method.keep)
     exact = _exactness(method, made.model, context)
     if exact["zeroing_change"] > _ABRUPT:

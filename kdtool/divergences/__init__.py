@@ -15,16 +15,19 @@ from kdtool.divergences._heads import Adapter, Head, head_of
 from kdtool.divergences._sinkhorn import Sinkhorn, cost, shortlist, sinkhorn_distance, sinkhorn_rows
 from kdtool.divergences._tokens import KINDS, Divergence, divergence, precise
 from kdtool.divergences._top_k import TopK
+from kdtool.divergences._universal import Matched, Universal
 
 __all__ = [
     "KINDS",
     "Adapter",
     "Divergence",
     "Head",
+    "Matched",
     "Measure",
     "Sinkhorn",
     "Teacher",
     "TopK",
+    "Universal",
     "compare",
     "compare_all",
     "cost",

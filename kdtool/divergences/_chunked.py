@@ -19,15 +19,21 @@ from kdtool.divergences._top_k import TopK
 Teacher = tuple[Tensor, Head] | Tensor | TopK
 """Hidden states and head, logits [tokens, vocabulary], or what is kept of the most likely tokens."""
 
-_LOGITS = {"cpu": 6 * 2**20}
-"""Logits of one model in a chunk: on a CPU 24 MiB, elsewhere enough to keep the device busy."""
+_LOGITS = {"cpu": 10 * 2**20}
+"""Most logits of one model in a chunk: on a CPU 40 MiB, elsewhere enough to keep the device busy."""
 _MANY = 2**26
+_ROWS = {"cpu": 192}
+"""Most tokens in a chunk: on a CPU as many as bring matrix products to their speed."""
 _IN_CACHE = 2**17
 """Logits that a CPU goes over several times at once, so that they stay in its cache."""
 
 
 class Measure(Protocol):
     """What compares rows of logits: a divergence, or a distance between blocks of rows."""
+
+    @property
+    def aligned(self) -> bool:
+        """Whether columns of both logits are the same tokens."""
 
     @property
     def block(self) -> int | None:
@@ -208,7 +214,8 @@ def _apart(measure: Any, mine: Tensor, teacher: Tensor | TopK | None) -> tuple[T
     if isinstance(teacher, TopK):
         return teacher.apart(mine, measure)
     assert teacher is not None
-    found: tuple[Tensor, Tensor] = measure.rows(mine, teacher[:, : mine.shape[1]].to(mine.dtype, copy=True))
+    theirs = teacher[:, : mine.shape[1]] if measure.aligned else teacher
+    found: tuple[Tensor, Tensor] = measure.rows(mine, theirs.to(mine.dtype, copy=True))
     return found
 
 
@@ -229,7 +236,9 @@ def _plan_of(
         scale=head.scale,
         cap=head.cap,
         ce_weight=ce_weight,
-        rows=min(blocks) if blocks else rows or max(1, _LOGITS.get(device, _MANY) // size),
+        rows=min(blocks)
+        if blocks
+        else rows or max(1, min(_ROWS.get(device, _MANY), _LOGITS.get(device, _MANY) // size)),
         vocabulary=min(size, vocabulary or size),
         kind=torch.get_autocast_dtype(device) if autocast else hidden.dtype,
         exact=torch.float64 if hidden.dtype == torch.float64 else torch.float32,
@@ -265,7 +274,8 @@ def compare_all(
     """
     plan = _plan_of(hidden, head, terms, ce_weight if labels is not None else 0.0, rows, vocabulary)
     if isinstance(teacher, tuple):
-        teacher = (teacher[0].detach(), teacher[1].cut(plan.vocabulary))
+        shared = all(measure.aligned for measure, _ in terms)
+        teacher = (teacher[0].detach(), teacher[1].cut(plan.vocabulary) if shared else teacher[1])
     flat = [one for piece in head.pieces(hidden) for one in piece]
     total, sums = _Compare.apply(plan, teacher, labels, head.bias, *flat)  # type: ignore[no-untyped-call]
     return total, sums

@@ -9,6 +9,7 @@ For p = softmax(z_s / tau), q = softmax(z_t / tau) over b units (Cui et al. 2024
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -108,6 +109,7 @@ class Sinkhorn:
     mean: bool = False
     top_k: int = 64
     many: int = 4096
+    aligned: ClassVar[bool] = True
     block: int | None = 256
 
     def units(self, student: Tensor, teacher: Tensor) -> Tensor:

@@ -36,6 +36,8 @@ class Divergence:
     skew: float = 0.1
     temperature: float = 1.0
 
+    aligned: ClassVar[bool] = True
+    """Whether columns of both logits are the same tokens."""
     block: ClassVar[int | None] = None
     """Most rows that make one problem; None where each row stands for itself."""
 
@@ -65,24 +67,24 @@ class Divergence:
         if kind == "cross-entropy":
             return -_dot(p, log_q), q.sub_(p)
         if kind == "reverse-kl":
-            return _centred(q, log_q.sub_(log_p))
+            return centred(q, log_q.sub_(log_p))
         if kind == "tvd":
             apart = torch.sub(q, p, out=log_p)
             value = apart.abs().sum(-1).mul_(0.5)
-            return value, _centred(q, apart.sign_().mul_(0.5))[1]
+            return value, centred(q, apart.sign_().mul_(0.5))[1]
         own = {"jsd": 1 - self.beta, "skewed-kl": 1 - self.skew}.get(kind, self.skew)
         mixed = torch.lerp(p, q, own).clamp_min_(torch.finfo(q.dtype).tiny)
         if kind == "skewed-kl":
             slope = torch.div(p, mixed, out=log_q).mul_(-own)
-            return _dot(p, log_p.sub_(mixed.log_())), _centred(q, slope)[1]
+            return _dot(p, log_p.sub_(mixed.log_())), centred(q, slope)[1]
         if kind == "skewed-reverse-kl":
             slope = torch.div(q, mixed, out=log_p).mul_(-own)
             apart = log_q.sub_(mixed.log_())
             value = _dot(q, apart)
-            return value, _centred(q, slope.add_(apart))[1]
+            return value, centred(q, slope.add_(apart))[1]
         mixed.log_()
         other = _dot(p, log_p.sub_(mixed))
-        value, gradient = _centred(q, log_q.sub_(mixed))
+        value, gradient = centred(q, log_q.sub_(mixed))
         return value.mul_(own).add_(other, alpha=self.beta), gradient.mul_(own)
 
 
@@ -106,7 +108,7 @@ def _dot(left: Tensor, right: Tensor) -> Tensor:
     return found
 
 
-def _centred(q: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+def centred(q: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     """Mean of g under q, [rows], and q * (g - mean), [rows, outcomes], which overwrites g."""
     mean = _dot(q, g)
     return mean, g.sub_(mean[:, None]).mul_(q)

@@ -51,12 +51,15 @@ def _for_graph(model: nn.Module) -> Iterator[None]:
             config.use_cache = cache
 
 
-def shapes_of(batch: Batch) -> dict[str, dict[int, Any]]:
-    """Which dimensions vary: the batch, and the length of text and audio; images keep their size."""
-    return {name: {0: Dim.DYNAMIC} if name == "pixel_values" else {0: Dim.DYNAMIC, 1: Dim.DYNAMIC} for name in batch}
+def shapes_of(batch: Batch, fixed: bool = False) -> dict[str, dict[int, Any]]:
+    """Which dimensions vary: the batch, and the length of text and audio unless `fixed`; images keep their size."""
+    return {
+        name: {0: Dim.DYNAMIC} if fixed or name == "pixel_values" else {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
+        for name in batch
+    }
 
 
-def write_onnx(loaded: Loaded, batch: Batch, path: Path, opset: int, engine: str, run: Run) -> str:
+def write_onnx(loaded: Loaded, batch: Batch, path: Path, opset: int, engine: str, run: Run, fixed: bool = False) -> str:
     """Write a float32 graph with dynamic batch and length, and its weights beside it.
 
     Args:
@@ -66,6 +69,7 @@ def write_onnx(loaded: Loaded, batch: Batch, path: Path, opset: int, engine: str
         opset: ONNX operator set.
         engine: transformers (torch where that fails, which is said) or torch.
         run: Context.
+        fixed: Keep the length of the batch.
 
     Returns:
         The engine that was used: transformers or torch.
@@ -77,25 +81,25 @@ def write_onnx(loaded: Loaded, batch: Batch, path: Path, opset: int, engine: str
     failed = None
     if engine == "transformers":
         try:
-            _transformers_onnx(loaded.model, inputs, path, opset)
+            _transformers_onnx(loaded.model, inputs, path, opset, fixed)
         except Exception as error:  # noqa: BLE001 - tracing runs the model's own code, which may raise anything
             failed = _first_line(error)
             run.reporter.warn(f"transformers' exporter failed ({failed}); trying torch.onnx.export")
         else:
             return "transformers"
     try:
-        _torch_onnx(loaded.model, inputs, path, opset)
+        _torch_onnx(loaded.model, inputs, path, opset, fixed)
     except Exception as error:  # noqa: BLE001 - as above
         why = f"torch: {_first_line(error)}" + (f"; transformers: {failed}" if failed else "")
         raise QualityProblem(f"'{loaded.ref}' cannot be exported to ONNX", why=why) from None
     return "torch"
 
 
-def _transformers_onnx(model: nn.Module, inputs: Batch, path: Path, opset: int) -> None:
+def _transformers_onnx(model: nn.Module, inputs: Batch, path: Path, opset: int, fixed: bool) -> None:
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
     with quiet(), _for_graph(model):
-        settings = OnnxConfig(dynamic_shapes=shapes_of(inputs), opset_version=opset)
+        settings = OnnxConfig(dynamic_shapes=shapes_of(inputs, fixed), opset_version=opset)
         made = OnnxExporter().export(model, dict(inputs), settings)
         OnnxExporter.save_program(made.program, path)
 
@@ -113,14 +117,14 @@ class _LogitsOnly(nn.Module):
         return logits
 
 
-def _torch_onnx(model: nn.Module, inputs: Batch, path: Path, opset: int) -> None:
+def _torch_onnx(model: nn.Module, inputs: Batch, path: Path, opset: int, fixed: bool) -> None:
     # with keyword inputs torch 2.13 fails on transformers' forward methods, which take any further keyword
     with quiet(), _for_graph(model):
         program: Any = torch.onnx.export(
             _LogitsOnly(model, list(inputs)).eval(),
             tuple(inputs.values()),
             dynamo=True,
-            dynamic_shapes=(tuple(shapes_of(inputs).values()),),
+            dynamic_shapes=(tuple(shapes_of(inputs, fixed).values()),),
             opset_version=opset,
             input_names=list(inputs),
             output_names=["logits"],

@@ -46,6 +46,16 @@ def tidy(path: Path) -> None:
     onnx.save(model, str(path))
 
 
+_UNDETERMINED = {"Multinomial", "NonZero", "Bernoulli", "Unique"}
+
+
+def undetermined(path: Path) -> list[str]:
+    """Operators of a graph that draw, or whose shapes depend on values; kinds, in alphabetical order."""
+    onnx = need("onnx")
+    kinds = {node.op_type for node in _nodes(onnx.load(str(path), load_external_data=False))}
+    return sorted(kind for kind in kinds if kind in _UNDETERMINED or kind.startswith("Random"))
+
+
 def _nodes(model: Any) -> Iterator[Any]:
     """All nodes, also those of functions and of branches and loops."""
     waiting = [*model.graph.node, *(node for function in model.functions for node in function.node)]

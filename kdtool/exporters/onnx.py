@@ -13,10 +13,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from kdtool.config import RunConfig
-from kdtool.errors import UsageProblem
+from kdtool.errors import QualityProblem, UsageProblem
 from kdtool.exporters import _adapter, _graph, _optimum
 from kdtool.exporters._base import ExportReport, judge, save_parts, source_outputs
 from kdtool.models import Loaded
+from kdtool.patching.fixed import check_exportable
 from kdtool.run import Run
 from kdtool.runtime_onnx import GRAPH, OnnxModel, need
 from kdtool.tasks._base import Batch, Task
@@ -38,6 +39,8 @@ class Config:
     """Who writes the graph; torch steps in where transformers fails."""
     optimum_python: str | None = None
     """With engine optimum, the Python of an environment that has optimum-onnx."""
+    length: Annotated[int | None, Field(ge=64)] = None
+    """Tokens that the graph of a model with patched attention reads; shorter inputs are padded to it."""
 
 
 def export(
@@ -67,23 +70,34 @@ def export(
         )
     if settings.embeddings and settings.precision != "int8":
         raise UsageProblem("method.embeddings applies to int8 only", hint="--set method.precision=int8")
+    fixed = check_exportable(loaded.model, loaded.ref)
+    if fixed and settings.engine == "optimum":
+        raise UsageProblem("engine optimum does not export patched attention", hint="--set method.engine=torch")
     expected = source_outputs(task, loaded.model, probes)
     path = folder / GRAPH
-    facts = _write(loaded, task, probes[0], path, settings, run)
+    facts = _write(loaded, task, probes[0], path, settings, run, fixed)
     save_parts(loaded, folder)
     found = source_outputs(task, OnnxModel(path, loaded.model.config), probes)
     parity = judge(expected, found, probes, settings.precision)
     facts |= _graph.signature(path)
+    if fixed and (undetermined := _graph.undetermined(path)):
+        raise QualityProblem(
+            f"the graph of '{loaded.ref}' would not give the same answer twice", why=", ".join(undetermined)
+        )
     return ExportReport(settings.precision, _graph.files_of(path), parity, facts, GRAPH, _use(facts, config))
 
 
-def _write(loaded: Loaded, task: Task, batch: Batch, path: Path, settings: Config, run: Run) -> dict[str, Any]:
-    """The graph in its final form; returns how it came about."""
+def _write(
+    loaded: Loaded, task: Task, batch: Batch, path: Path, settings: Config, run: Run, fixed: bool
+) -> dict[str, Any]:
+    """The graph in its final form, with `fixed` for one length only; returns how it came about."""
     if settings.engine == "optimum":
         _optimum.write(loaded, task, path, settings.opset, settings.optimum_python, run)
         engine = "optimum"
     else:
-        engine = _adapter.write_onnx(loaded, batch, path, settings.opset, settings.engine, run)
+        # transformers' exporter takes the number of sequences in patched attention for fixed
+        wanted = "torch" if fixed else settings.engine
+        engine = _adapter.write_onnx(loaded, batch, path, settings.opset, wanted, run, fixed)
     run.reporter.info(f"graph written by {engine}")
     facts: dict[str, Any] = {"engine": engine, "onnxslim": None}
     if settings.optimize:

@@ -18,6 +18,7 @@ from kdtool.errors import UsageProblem
 from kdtool.exporters import _adapter
 from kdtool.exporters._base import ExportReport, graph_inputs, judge, save_parts, source_outputs
 from kdtool.models import Loaded
+from kdtool.patching.fixed import patched_layers
 from kdtool.run import Run
 from kdtool.runtime_onnx import need
 from kdtool.tasks._base import Batch, Task
@@ -68,6 +69,8 @@ def export(
     """
     openvino = need("openvino")
     settings = Config(**config.method_values)
+    if patched_layers(loaded.model):
+        raise UsageProblem(f"the patched attention of '{loaded.ref}' is not exported to OpenVINO", hint="--format onnx")
     if config.output.dtype != "keep":
         raise UsageProblem(
             f"output.dtype={config.output.dtype} does not apply to OpenVINO",

@@ -9,11 +9,12 @@ done leave the batch once they are half of it.
 """
 
 from kdtool.generation._draws import Warp, accepted, draw, uniforms
-from kdtool.generation._scorers import CachedModel, Mixture, Scorer
+from kdtool.generation._scorers import CachedModel, EncoderDecoder, Mixture, Scorer
 from kdtool.generation._writing import Generated, Interleaving, StopStrings, generate
 
 __all__ = [
     "CachedModel",
+    "EncoderDecoder",
     "Generated",
     "Interleaving",
     "Mixture",

@@ -41,7 +41,7 @@ class Warp:
 def _nucleus(found: Tensor, top_p: float) -> Tensor:
     """Which of the probabilities [rows, vocabulary] stay; among equal ones those of smaller ids."""
     largest = found.topk(min(_NUCLEUS, found.shape[-1])).values
-    if bool((largest.sum(-1) < top_p).any()):
+    if found.shape[-1] > _NUCLEUS and bool((largest.sum(-1) < top_p).any()):
         largest = found.sort(-1, descending=True).values
     inside = largest.cumsum(-1) - largest < top_p
     least = largest.gather(-1, inside.sum(-1, keepdim=True) - 1)

@@ -12,6 +12,10 @@ from kdtool.generation._draws import Warp, accepted
 from kdtool.generation._scorers import Scorer
 
 _PLAIN = Warp()
+_DRAFTED = 0.5
+"""What a drafted token costs, as a share of a pass of the teacher; only the speed depends on it."""
+_FORGOTTEN = 0.7
+"""What is left, after each block, of the weight of what was accepted before."""
 
 
 class StopStrings:
@@ -68,7 +72,8 @@ class Interleaving:
 
     Attributes:
         k: Rank up to which the teacher accepts.
-        gamma: Tokens the student drafts before the teacher looks.
+        gamma: The most tokens the student drafts before the teacher looks; fewer where most would be thrown away,
+            unless `expected_length` counts blocks.
         student: Distribution of proposals.
         teacher: Distribution of replacements.
         stop: Ids that end a text, and belong to it.
@@ -127,7 +132,7 @@ def generate(
     writing = _Writing(ids, mask, uniform.to(ids.device), settings, limits.to(ids.device), teacher is not None)
     block = 0
     while bool(writing.active.any()):
-        size = 1 if teacher is None else min(settings.gamma, writing.longest)
+        size = 1 if teacher is None else min(writing.worthwhile, writing.longest)
         drafts, positions, scores = writing.draft(student, size)
         if teacher is not None:
             fed = torch.cat([writing.pending[:, None], drafts[:, :-1]], 1)
@@ -162,11 +167,21 @@ class _Writing:
         self.pending = ids[:, -1]  # the one token that no model has read
         self.done = torch.zeros_like(self.first)
         self.active = limits > 0
+        self.passed = self.tested = 0.0
 
     @property
     def longest(self) -> int:
         """The most that a row may still write."""
         return int(((self.limits - self.done) * self.active).max())
+
+    @property
+    def worthwhile(self) -> int:
+        """Tokens to draft that give most for their time, by how many were accepted lately."""
+        gamma, tested = self.settings.gamma, self.tested
+        if self.settings.expected_length or not tested:
+            return gamma
+        rate = min(self.passed / tested, 1 - 1e-6)
+        return max(range(1, gamma + 1), key=lambda n: (1 - rate**n) / (1 + _DRAFTED * n))
 
     def draft(self, student: Scorer, size: int) -> tuple[Tensor, Tensor, Tensor]:
         """Proposals [rows, size], the positions of what they follow, and the student's last logits [rows, 1, V]."""
@@ -220,8 +235,11 @@ class _Writing:
         """Tokens [rows, size] with the first rejected one replaced, how many of them stay, and which pass."""
         size = drafts.shape[1]
         good = accepted(scores, drafts, k)
-        passed = good.long().cumprod(1).sum(1)
+        passed = torch.minimum(good.long().cumprod(1).sum(1), room)
         bad = (passed < room.clamp_max(size)).nonzero()[:, 0]
+        accepted_now = int(passed.sum())
+        self.passed = _FORGOTTEN * self.passed + accepted_now
+        self.tested = _FORGOTTEN * self.tested + accepted_now + len(bad)
         tokens = drafts
         if len(bad):
             place = passed[bad]

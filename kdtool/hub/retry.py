@@ -3,7 +3,7 @@
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from email.utils import parsedate_to_datetime
 from typing import TypeVar
 
@@ -22,7 +22,7 @@ _LONGEST = 30.0
 _jitter = random.SystemRandom()  # never the generators of the run: asking again must not change results
 
 
-def _seconds(name: str, default: float) -> float:
+def seconds(name: str, default: float) -> float:
     """A duration from the environment.
 
     Raises:
@@ -43,9 +43,8 @@ def passes(error: BaseException) -> bool:
     return is_transport(error) or status_of(error) in _PASSING
 
 
-def asked_wait(error: BaseException) -> float | None:
-    """Seconds the server asked to wait: `Retry-After` (seconds or date), or the `t` of `RateLimit`."""
-    headers = getattr(getattr(error, "response", None), "headers", None) or {}
+def asked_wait(headers: Mapping[str, str]) -> float | None:
+    """Seconds a server asks to wait: `Retry-After` (seconds or date), or the `t` of `RateLimit`."""
     after = headers.get("Retry-After")
     if after is not None:
         try:
@@ -79,8 +78,8 @@ class Patience:
         self.run = run
         self.what = what
         self.tries = 0
-        self.base = _seconds("KDTOOL_HUB_BACKOFF", 1.0)
-        self.end = time.monotonic() + _seconds("KDTOOL_HUB_DEADLINE", 120.0)
+        self.base = seconds("KDTOOL_HUB_BACKOFF", 1.0)
+        self.end = time.monotonic() + seconds("KDTOOL_HUB_DEADLINE", 120.0)
 
     def after(self, error: Exception) -> bool:
         """Wait if another try makes sense.
@@ -92,7 +91,7 @@ class Patience:
         limit = TRIES_UNREACHABLE if is_refused(error) else TRIES
         if not passes(error) or self.tries >= limit:
             return False
-        asked = asked_wait(error)
+        asked = asked_wait(getattr(getattr(error, "response", None), "headers", None) or {})
         backoff = min(_LONGEST, self.base * 2 ** (self.tries - 1)) * _jitter.uniform(0.5, 1.0)
         wait = backoff if asked is None else asked
         if time.monotonic() + wait > self.end:

@@ -8,10 +8,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from kdtool.config import TrainSection
-from kdtool.data.examples import Examples
+from kdtool.authors import Author
+from kdtool.config import RunConfig, TrainSection
+from kdtool.data.examples import DataSplits, Examples
 from kdtool.divergences import Teacher as Told
 from kdtool.models import Loaded
+from kdtool.run import Run
 from kdtool.tasks._base import VIEW, Batch, Outputs, Task, view_of
 from kdtool.teacher_cache import TeacherCache
 from kdtool.train.optim import build_optimizer
@@ -47,6 +49,30 @@ class Stage:
     name: str = "train"
     share: float = 1.0
     trains: Callable[[str], bool] = field(default=lambda _: True)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What `Method.prepare` may use.
+
+    Attributes:
+        folder: Files in it are kept with the result, in its folder `data`.
+        config: The run's configuration.
+        run: Context.
+        author: Gives the teacher as a writer of texts; loads it, or asks whether the endpoint is there.
+        writer: Makes a writer of a language model, which sees prompts as they are in training.
+        fit: From the reference of a model, raw rows, training settings and a name to the model trained on them by
+            the normal loop, on the labels alone; resumable, and kept under that name until the run is done.
+        facts: What was done, stage by stage; goes to the manifest.
+    """
+
+    folder: Path
+    config: RunConfig
+    run: Run
+    author: Callable[[], Author]
+    writer: Callable[[Loaded], Author]
+    fit: Callable[[str, Examples, TrainSection, str], Loaded]
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 class Method(nn.Module):
@@ -94,8 +120,27 @@ class Method(nn.Module):
         self.held_out: Examples | None = None
         """Encoded rows for choices during training; None where the data has none for it."""
 
+    teacher_writes: ClassVar[bool] = False
+    """True if a teacher that gives only texts will do, an endpoint or a file; `prepare` makes its texts the data."""
+    metrics: ClassVar[tuple[str, ...]] = ()
+    """What its students are measured by where nothing is asked for (default: what the task measures)."""
+    loads_teacher: ClassVar[bool] = True
+    """False if only `prepare` asks the teacher, which is loaded there when it has something to write."""
+
     needs_rows: ClassVar[bool] = False
     """True if a step looks up `batch["cache.rows"]`, the numbers of its rows in the training data."""
+
+    def prepare(self, data: DataSplits, work: Work) -> DataSplits:
+        """Make the data to train on, once: annotations, rationales, texts of the teacher; by default the data as it is.
+
+        Everything made goes to files in `work.folder`, row by row, with the provenance of each row, so that an
+        interrupted run goes on where it stopped. Test rows stay as they are.
+
+        Args:
+            data: Raw data with columns named by role.
+            work: What it may use.
+        """
+        return data
 
     def setup(self, batch: Batch, data: Examples) -> None:
         """See a first batch and the training rows before training; by default nothing is learnt from them."""

@@ -18,8 +18,6 @@ from torch.utils.checkpoint import checkpoint
 
 from kdtool.divergences import Divergence, Head, compare
 
-_MASKED = 1e-4  # what a token that does not count adds to the length, as published
-
 
 class Pieces(NamedTuple):
     """What the loss of texts is made of.
@@ -39,7 +37,7 @@ class Pieces(NamedTuple):
     log_q: Tensor
 
 
-def returns(rewards: Tensor, mask: Tensor, gamma: float, normalise: bool = True) -> Tensor:
+def returns(rewards: Tensor, mask: Tensor, gamma: float, normalise: bool = True, masked: float = 0.0) -> Tensor:
     """Discounted sums of what follows each token: R_t = sum over k >= t of gamma^(k-t) r_k.
 
     Args:
@@ -48,17 +46,19 @@ def returns(rewards: Tensor, mask: Tensor, gamma: float, normalise: bool = True)
         gamma: Discount in [0, 1].
         normalise: Divide by the equally discounted number of tokens; without it the sum keeps the published
             weights gamma^k, counted from the start of the text.
+        masked: What a token that does not count adds to the length; published code has 1e-4, by which padding
+            would change the loss.
     """
     if gamma == 0:
         return rewards
-    lengths = torch.where(mask.bool(), 1.0, _MASKED).to(rewards.dtype)
+    lengths = torch.where(mask.bool(), 1.0, masked).to(rewards.dtype)
     found, size = torch.zeros_like(rewards), torch.zeros_like(rewards)
     total, length = torch.zeros_like(rewards[:, 0]), torch.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.shape[1])):
         total, length = rewards[:, t] + gamma * total, lengths[:, t] + gamma * length
         found[:, t], size[:, t] = total, length
     if normalise:
-        return found / size
+        return found / size.clamp_min(torch.finfo(size.dtype).tiny)
     return found * gamma ** torch.arange(rewards.shape[1], device=rewards.device, dtype=rewards.dtype)
 
 
@@ -95,6 +95,7 @@ def pieces(
     gamma: float = 1.0,
     normalise: bool = True,
     clip: float = 0.2,
+    masked: float = 0.0,
 ) -> Pieces:
     """Compare what student and teacher say of texts.
 
@@ -107,13 +108,14 @@ def pieces(
         gamma: Discount of rewards.
         normalise: Divide returns by their length.
         clip: c.
+        masked: See `returns`.
     """
     own, there, labels = student[0][mask], teacher[0][mask], ids[mask]
     log_q = log_probs(own, student[1], labels)
     with torch.no_grad():
         log_p = log_probs(there, teacher[1], labels)
     reward = log_q.new_zeros(ids.shape).masked_scatter(mask, log_p - log_q.detach())
-    found = returns(reward, mask, gamma, normalise)
+    found = returns(reward, mask, gamma, normalise, masked)
     advantage = torch.cat([found[:, 1:], torch.zeros_like(found[:, :1])], 1)
     advantage = torch.where(mask.roll(-1, 1), advantage, 0.0)[mask]  # nothing follows the last token
     before = log_q.detach() if log_b is None else log_b.to(log_q.dtype)

@@ -79,7 +79,7 @@ class RepairConfig:
     k: Annotated[int, Field(gt=0)] = 25
     """Rank up to which the teacher lets a token pass; the size of the vocabulary makes it on-policy."""
     gamma: Annotated[int, Field(gt=0)] = 5
-    """Tokens drafted before the teacher looks; changes the speed, not the texts."""
+    """The most tokens drafted before the teacher looks; changes the speed, not the texts."""
     expected_seq_len: Annotated[int, Field(ge=0)] = 0
     """Tokens over which k falls to 1 within a text, a step after each so many blocks of gamma; 0 leaves it."""
     student_temperature: Annotated[float, Field(ge=0)] = 0.5

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kdtool.data.examples import Examples
-from kdtool.divergences import Divergence, Measure, compare_all, cross_entropy
+from kdtool.divergences import Divergence, Measure, Teacher, TopK, compare_all, cross_entropy
 from kdtool.features import taps
 from kdtool.methods import _base
 from kdtool.tasks._base import ROWS, Batch
@@ -165,7 +165,17 @@ class TermMethod(_base.Method):
             return self.compare(batch, progress)
         student, labels = self.see(batch)
         teacher = self.hear(batch) if self.reads_teacher else None
+        if teacher is not None and not self.task.classifies:
+            size = self.common(student.logits.shape[-1], teacher.logits.shape[-1])
+            student.logits, teacher.logits = student.logits[..., :size], teacher.logits[..., :size]
         return self.add_up(student, teacher, labels, batch, progress)
+
+    def common(self, own: int, theirs: int) -> int:
+        """Size of the vocabulary of both, for heads of so many rows; heads of one size are padded alike, if at all."""
+        if own == theirs or not self.teacher_list:
+            return min(own, theirs)
+        tokenizers = (self.student_loaded.processor, self.teacher_list[0].processor)
+        return min(own, theirs, *map(len, tokenizers))
 
     def told_at(self) -> float | None:
         """The temperature of all measures, where they have one and it stays as it is."""
@@ -181,7 +191,9 @@ class TermMethod(_base.Method):
         own = self.task.states(self.student, batch)
         factor = ramped(progress, cfg.delay, cfg.ramp)
         terms = [(term.measure, factor * term.weight * term.factor) for term in found]
-        total, sums = compare_all(own.hidden, own.head, self.tell(batch), own.labels, terms, cfg.ce_weight)
+        told = self.tell(batch)
+        shared = None if isinstance(told, TopK) else self.common(len(own.head.weight), _width(told))
+        total, sums = compare_all(own.hidden, own.head, told, own.labels, terms, cfg.ce_weight, vocabulary=shared)
         parts = {"ce": sums[0]} if cfg.ce_weight else {}
         parts |= {term.name: term.factor * value for term, value in zip(found, sums[1:], strict=True)}
         return _base.Losses(total, len(own.hidden), parts)
@@ -203,6 +215,14 @@ class TermMethod(_base.Method):
             total = total + (factor * term.weight) * term.value
             parts[term.name] = term.value.detach()
         return _base.Losses(total, student.logits.shape[0], parts)
+
+
+def _width(told: Teacher) -> int:
+    """Size of the vocabulary that a teacher is told in."""
+    if isinstance(told, tuple):
+        return len(told[1].weight)
+    assert isinstance(told, Tensor)
+    return told.shape[-1]
 
 
 def over_everyone(loss: Callable[[Tensor, Tensor], Tensor], student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:

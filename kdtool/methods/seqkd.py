@@ -1,16 +1,25 @@
 """Sequence-level distillation: learn the texts that the teacher writes (SeqKD).
 
-The teacher goes on from each prompt once; the student learns its tokens by cross-entropy.
+The teacher goes on from each prompt once; the student learns its tokens by cross-entropy. A teacher in
+memory writes token ids during training; one behind an endpoint answers all prompts before it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
 from pydantic import Field
 
+from kdtool import annotation
+from kdtool.authors import Style
+from kdtool.data.examples import DataSplits, Examples
+from kdtool.errors import DataProblem, UsageProblem
 from kdtool.generation import Warp
 from kdtool.methods import _base, _sequences
 from kdtool.tasks._base import Batch
+from kdtool.tasks._prompts import apart, asked
+
+_LONGEST = 512
+"""Most tokens of an answer of an endpoint, where nothing else is said."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +30,8 @@ class Config(_sequences.PromptConfig, _sequences.WritingConfig):
     """Of the teacher's samples; 0 takes the most likely token."""
     teacher_top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Nucleus of the teacher's samples."""
+    chat: bool = False
+    """Ask an endpoint by its chat completions."""
 
 
 class Method(_sequences.SequenceMethod):
@@ -29,9 +40,40 @@ class Method(_sequences.SequenceMethod):
     paper: ClassVar[str] = "Kim, Rush: Sequence-Level Knowledge Distillation, 2016, arXiv:1606.07947"
     tasks: ClassVar[frozenset[str]] = frozenset({"causal-lm"})
     needs: ClassVar[str] = "texts to go on with"
+    teacher_writes: ClassVar[bool] = True
     minimum: ClassVar[str] = "a sampled text is not the distribution it was sampled from"
+
+    told = False
+    """Whether the rows to train on hold the teacher's texts."""
+
+    def prepare(self, data: DataSplits, work: _base.Work) -> DataSplits:
+        """Have a teacher behind an endpoint answer the prompts.
+
+        Raises:
+            UsageProblem: the teacher is a file, which is data.
+            DataProblem: no prompts.
+        """
+        teacher, rows, cfg = work.config.teacher, data.train, self.config
+        if not teacher.writes_only:
+            return data
+        if teacher.is_file:
+            raise UsageProblem("seqkd asks its teacher, and this is a file", hint="--data FILE --method none learns it")
+        if rows is None or "prompt" not in rows.columns:
+            raise DataProblem("an endpoint answers prompts, and the data has none", hint="--set data.prompt=COLUMN")
+        prompts = asked(rows, work.config.data.separator)
+        stop = tuple(cfg.stop_strings or ())
+        longest = cfg.max_new_tokens or _LONGEST
+        style = Style(work.run.seed, cfg.teacher_temperature, cfg.teacher_top_p, longest, stop, cfg.chat)
+        given = prompts if cfg.chat else [apart(prompt, work.config.data.separator) for prompt in prompts]
+        made = annotation.respond(work.folder, work.author, given, style)
+        self.told = True
+        work.facts["respond"] = {"rows": len(made), "empty": sum(not row["response"] for row in made)}
+        train = Examples({"prompt": prompts, "response": [row["response"] for row in made]})
+        return replace(data, train=train)
 
     def step(self, batch: Batch, progress: float) -> _base.Losses:
         """Cross-entropy with what the teacher wrote."""
+        if self.told:
+            return self.learn(self.given(batch), weight=0.0, ce_weight=1.0)
         warp = Warp(self.config.teacher_temperature, self.config.teacher_top_p)
         return self.learn(self.taught(batch, progress, warp), weight=0.0, ce_weight=1.0)

@@ -10,16 +10,18 @@ from transformers import (
     AutoModelForAudioClassification,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
 )
 
 from kdtool.modeling.cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
-from kdtool.modeling.low_rank import (
-    LowRankConfig,
-    LowRankForAudioClassification,
-    LowRankForCausalLM,
-    LowRankForImageClassification,
-    LowRankForSequenceClassification,
+from kdtool.modeling.compressed import (
+    CompressedConfig,
+    CompressedForAudioClassification,
+    CompressedForCausalLM,
+    CompressedForImageClassification,
+    CompressedForMaskedLM,
+    CompressedForSequenceClassification,
 )
 from kdtool.modeling.sentence_classifier import SentenceClassifier, SentenceClassifierConfig
 from kdtool.modeling.simkd import (
@@ -35,11 +37,12 @@ from kdtool.modeling.tabular_processor import TabularProcessor
 __all__ = [
     "CifarResNetConfig",
     "CifarResNetForImageClassification",
-    "LowRankConfig",
-    "LowRankForAudioClassification",
-    "LowRankForCausalLM",
-    "LowRankForImageClassification",
-    "LowRankForSequenceClassification",
+    "CompressedConfig",
+    "CompressedForAudioClassification",
+    "CompressedForCausalLM",
+    "CompressedForImageClassification",
+    "CompressedForMaskedLM",
+    "CompressedForSequenceClassification",
     "SentenceClassifier",
     "SentenceClassifierConfig",
     "SimKDConfig",
@@ -64,8 +67,9 @@ AutoModel.register(SimKDConfig, SimKDForTabularClassification, exist_ok=True)
 AutoConfig.register(TabularConfig.model_type, TabularConfig, exist_ok=True)
 AutoModel.register(TabularConfig, TabularClassifier, exist_ok=True)
 AutoFeatureExtractor.register(TabularConfig, TabularProcessor, exist_ok=True)
-AutoConfig.register(LowRankConfig.model_type, LowRankConfig, exist_ok=True)
-AutoModelForAudioClassification.register(LowRankConfig, LowRankForAudioClassification, exist_ok=True)
-AutoModelForCausalLM.register(LowRankConfig, LowRankForCausalLM, exist_ok=True)
-AutoModelForImageClassification.register(LowRankConfig, LowRankForImageClassification, exist_ok=True)
-AutoModelForSequenceClassification.register(LowRankConfig, LowRankForSequenceClassification, exist_ok=True)
+AutoConfig.register(CompressedConfig.model_type, CompressedConfig, exist_ok=True)
+AutoModelForAudioClassification.register(CompressedConfig, CompressedForAudioClassification, exist_ok=True)
+AutoModelForCausalLM.register(CompressedConfig, CompressedForCausalLM, exist_ok=True)
+AutoModelForMaskedLM.register(CompressedConfig, CompressedForMaskedLM, exist_ok=True)
+AutoModelForImageClassification.register(CompressedConfig, CompressedForImageClassification, exist_ok=True)
+AutoModelForSequenceClassification.register(CompressedConfig, CompressedForSequenceClassification, exist_ok=True)

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.nn import functional
 from kdtool.attention import exact
 from kdtool.attention._base import Call, repeat_heads
 from kdtool.patching.capture import Captured
+from kdtool.patching.fixed import fix
 from kdtool.patching.interface import FEWEST_QUERIES, Layer
 from kdtool.registry import ATTENTION
 
@@ -94,6 +95,7 @@ class Wish:
         limit: Longest input the model takes; None for no limit.
         min_length: Fewest keys that are approximated, where that is not to be found out by timing.
         seed: Seed of the operator, and of the choice of pilot rows.
+        fixed_state: Fix the operator's projections on the calibration rows; see `kdtool.patching.fixed`.
     """
 
     method: str
@@ -103,6 +105,7 @@ class Wish:
     limit: int | None = None
     min_length: int | None = None
     seed: int = 0
+    fixed_state: bool = False
 
 
 def candidates(method: str, fixed: Mapping[str, Any], causal: bool) -> list[dict[str, Any]]:
@@ -146,16 +149,24 @@ def choose(number: int, name: str, seen: Captured, wish: Wish) -> Choice:
     if seen.causal and not ATTENTION.info(wish.method).facts["causal"]:
         choice.layer = Layer(name, "exact", reason=f"{wish.method} has no causal form")
         return choice
+    if seen.causal and wish.fixed_state:
+        reason = f"the causal form of {wish.method} works out its directions chunk by chunk, so they cannot be fixed"
+        choice.layer = Layer(name, "exact", reason=reason)
+        return choice
+    if wish.max_error == 0:
+        choice.layer = Layer(name, "exact", reason="no error is allowed")
+        return choice
     q, k, v, call = seen.at(longest)
     rows = _pilots(longest, wish.seed, q.device)
     truth = exact.attend(q, k, v, call)[0][:, :, rows]
     mean = v.mean(2, keepdim=True).repeat_interleave(q.shape[1] // v.shape[1], 1).expand_as(truth)
     choice.mean_error = worst_head(mean, truth)
     trial = None
+    state = fix(wish.method, q, k, v) if wish.fixed_state else None
     for settings in candidates(wish.method, wish.fixed, seen.causal):
         trial = Trial(settings)
         choice.trials.append(trial)
-        layer = Layer(name, wish.method, settings, 0, wish.seed)
+        layer = Layer(name, wish.method, settings, 0, wish.seed, state)
         trial.error[longest] = worst_head(layer.attend(q, k, v, call)[:, :, rows], truth)
         trial.ratio[longest] = speed(layer, q, k, v, call)
         if trial.error[longest] <= wish.max_error:
@@ -166,18 +177,18 @@ def choose(number: int, name: str, seen: Captured, wish: Wish) -> Choice:
         reason = f"error {least:.3f} at {longest} keys at best, allowed {wish.max_error:g}"
         choice.layer = Layer(name, "exact", reason=reason)
         return choice
-    choice.layer = _from_where(name, trial, seen, wish)
+    choice.layer = _from_where(Layer(name, wish.method, trial.settings, 0, wish.seed, state), trial, seen, wish)
     return choice
 
 
-def _from_where(name: str, trial: Trial, seen: Captured, wish: Wish) -> Layer:
+def _from_where(layer: Layer, trial: Trial, seen: Captured, wish: Wish) -> Layer:
     """Measure the other lengths, and say from which on the settings are used."""
     first: int | None = None
     why = ""
     for length in reversed(ladder(wish.lengths)):
         if wish.min_length is not None and length < wish.min_length and length not in wish.lengths:
             continue
-        _measure(trial, Layer(name, wish.method, trial.settings, 0, wish.seed), seen, length, wish.seed)
+        _measure(trial, layer, seen, length, wish.seed)
     for length in sorted(trial.error, reverse=True):
         if wish.min_length is not None and length < wish.min_length:
             break
@@ -191,11 +202,11 @@ def _from_where(name: str, trial: Trial, seen: Captured, wish: Wish) -> Layer:
     if wish.min_length is not None and not why:
         first = wish.min_length
     if first is None:
-        return Layer(name, "exact", reason=why)
+        return Layer(layer.name, "exact", reason=why)
     first = max(first, FEWEST_QUERIES)
     if wish.limit is not None and first > wish.limit:
-        return Layer(name, "exact", reason=f"pays from {first} keys on, and the model takes {wish.limit}")
-    return Layer(name, wish.method, trial.settings, first, wish.seed)
+        return Layer(layer.name, "exact", reason=f"pays from {first} keys on, and the model takes {wish.limit}")
+    return replace(layer, min_length=first)
 
 
 def _measure(trial: Trial, layer: Layer, seen: Captured, length: int, seed: int) -> None:

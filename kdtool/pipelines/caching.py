@@ -55,6 +55,7 @@ def attach_cache(trainer: Trainer, teacher: Loaded | None, config: RunConfig, ru
     data = trainer.plan.data
     marks = fingerprint(teacher, data, run, setup.processor_key(teacher.processor), config.augment, kept)
     marks |= {"task": method.task.name} if kept else {}
+    marks |= {"views": views.mark} if views is not None else {}
     limit = train.teacher_cache_limit * 2**20
     try:
         with parallel.first_alone(run):
@@ -93,7 +94,7 @@ def temperature_of(method: Any, config: RunConfig, what: str) -> float:
         raise UsageProblem(
             f"{what}: method {config.method_name} on {method.task.name} cannot learn from likely tokens alone",
             why="it needs all logits, more than one temperature, or is not for language models",
-            hint="--method kd on causal-lm can",
+            hint="--method kd and supervised-kd on causal-lm can",
         )
     return float(found)
 
@@ -122,6 +123,11 @@ def _instead(trainer: Trainer, config: RunConfig, run: Run) -> TeacherCache:
             f"the teacher cache {folder} does not fit this run",
             why=f"different {', '.join(told + [name for name in differing if name not in known])}",
             hint="the same --data and data.* settings, a student with the teacher's tokenizer, the same temperature",
+        )
+    head = len(student.model.get_output_embeddings().weight)
+    if int(marks["vocabulary"]) > head:
+        raise ConfigProblem(
+            f"the teacher cache {folder} does not fit this run", why=f"its tokens go beyond the student's {head}"
         )
     everything = {name: value for name, value in marks.items() if name != "rows"}
     cache = TeacherCache(folder, method.task, None, data, run, 0, everything, 2**63, None, kept)

@@ -1,20 +1,17 @@
 """`compress`: a model made smaller out of its own weights, stage by stage, each held against the one before."""
 
-import dataclasses
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from kdtool.card import write_card
 from kdtool.compressors._base import Context
-from kdtool.config import RunConfig, stages
-from kdtool.data.examples import Examples
-from kdtool.errors import KdtoolError, QualityProblem, UsageProblem
+from kdtool.config import RunConfig, before_recovery, stages
+from kdtool.data.examples import DataSplits, Examples
+from kdtool.errors import QualityProblem, UsageProblem
 from kdtool.models import Loaded, load, load_model
 from kdtool.pipelines import setup
 from kdtool.pipelines.distill import get_ready, make_views, train
@@ -24,23 +21,23 @@ from kdtool.pipelines.output import Output
 from kdtool.pipelines.probe import probe_batches
 from kdtool.pipelines.prove import compare, weight_bytes
 from kdtool.pipelines.push import check_push, push
+from kdtool.pipelines.search import Found, Plan, search
+from kdtool.pipelines.stages import Standing, record
+from kdtool.pipelines.streamed import run_streamed, wanted
 from kdtool.proof import Proof, Result, Side, Table
 from kdtool.registry import COMPRESSORS, check_fit
 from kdtool.report import write_manifest, write_report
+from kdtool.report._frontier import frontier_section
 from kdtool.report._markdown import markdown_table
 from kdtool.run import Run
 from kdtool.saving import save_model
 from kdtool.tasks._base import Batch, Task
 from kdtool.train.loop import History
-from kdtool.verify import outputs, reload_check
+from kdtool.verify import reload_check
 from kdtool.writing import typed
 
 _CALIBRATION_ROWS = 128
 _CALIBRATION_BATCH = 16
-_COLLAPSED = 1e-3
-"""Outputs have collapsed when they differ among inputs by less than this share of what they did before."""
-_UNITS = 2
-"""Least number of units among which a spread is judged."""
 
 
 @dataclass(slots=True)
@@ -49,10 +46,9 @@ class _Source:
 
     task: Task
     loaded: Loaded
-    train: Examples | None
+    data: DataSplits | None
     test: Examples | None
-    calibration: list[Batch] | None
-    probes: list[Batch]
+    start: Standing
 
 
 def _start(config: RunConfig, run: Run) -> _Source:
@@ -71,59 +67,53 @@ def _start(config: RunConfig, run: Run) -> _Source:
     setup.check_trained(loaded, "model")
     setup.load_processor(loaded, task, run)
     probes = probe_batches(task, loaded, config, run)
+    memo: dict[str, Any] | None = {} if config.search.budget is not None else None
     if config.data.source is None:
-        return _Source(task, loaded, None, None, None, probes)
+        return _Source(task, loaded, None, None, Standing(loaded, Context(task, None, run, memo=memo), probes))
     data = setup.get_data(config, task, run)
     setup.relabel(data, loaded, config, run)
     encoded = setup.encode(task, data, loaded, None, config, run)
     rows = encoded.train if encoded.train is not None else encoded.test
+    views = make_views(config, task, encoded.train, loaded, None) if _trains(config) else None
+    batches = calibration_batches(task, rows)
+    context = Context(task, batches, run, encoded.train, config.train, views=views, memo=memo)
+    return _Source(task, loaded, data, encoded.test, Standing(loaded, context, probes))
+
+
+def calibration_batches(task: Task, rows: Examples) -> list[Batch]:
+    """The first rows, with their labels where there are some."""
     rows = rows.select(range(min(len(rows), _CALIBRATION_ROWS)))
     starts = range(0, len(rows), _CALIBRATION_BATCH)
-    parts = [rows.select(range(at, min(at + _CALIBRATION_BATCH, len(rows)))) for at in starts]
-    batches = [task.example_inputs(part, len(part)) for part in parts]
-    return _Source(task, loaded, encoded.train, encoded.test, batches, probes)
+    parts = [range(at, min(at + _CALIBRATION_BATCH, len(rows))) for at in starts]
+    return [task.collate([rows[i] for i in part]) for part in parts]
 
 
-def _check_forward(
-    name: str, task: Task, before: Loaded, after: Loaded, probes: Sequence[Batch]
-) -> dict[str, float | None]:
-    """Hold a stage's outputs against those of the model before it.
-
-    Returns:
-        `relative_error` (norm of the differences by norm of the outputs) and `agreement` (share of units
-        with the same largest logit).
+def _apply(standing: Standing, plan: Plan, run: Run, checkpoints: Path) -> tuple[Standing, list[dict[str, Any]]]:
+    """Stages in turn, with a record of each.
 
     Raises:
-        KdtoolError: the outputs are not finite, or the same whatever the input.
+        KdtoolError: a stage cannot work on the model, or makes it collapse.
     """
-    old = torch.cat([outputs(task, before.model, probe) for probe in probes])
-    new = torch.cat([outputs(task, after.model, probe) for probe in probes])
-    why = None
-    if not torch.isfinite(new).all():
-        why = "its outputs are not finite"
-    elif len(new) >= _UNITS and float(new.std(0).norm()) < _COLLAPSED * float(old.std(0).norm()):
-        why = "it gives the same outputs whatever the input"
-    if why is not None:
-        raise KdtoolError(f"the model collapsed in the stage '{name}'", why=why, hint="keep more of it")
-    error = float((new - old).norm() / old.norm().clamp_min(1e-12))
-    return {"relative_error": error, "agreement": float((new.argmax(-1) == old.argmax(-1)).double().mean())}
+    records = []
+    for name, values in plan:
+        run.reporter.info(f"{name}: {standing.loaded.parameters:,} parameters")
+        before = replace(standing, context=replace(standing.context, checkpoints=checkpoints / name))
+        after = before.through(name, values)
+        records.append(record(name, before, after))
+        standing = after
+    return standing, records
 
 
-def _apply(source: _Source, config: RunConfig, run: Run, output: Output) -> tuple[Loaded, list[dict[str, Any]]]:
-    """All stages in turn, with a record of each."""
-    views = make_views(config, source.task, source.train, source.loaded, None) if _trains(config) else None
-    context = Context(source.task, source.calibration, run, source.train, config.train, views=views)
-    current, records = source.loaded, []
-    for name, values in stages(config):
-        run.reporter.info(f"{name}: {current.parameters:,} parameters")
-        own = dataclasses.replace(context, checkpoints=output.checkpoints / name)
-        made: Loaded = COMPRESSORS.get(name)(current, COMPRESSORS.build_config(name, values), own)
-        made.facts["stages"] = [*current.facts.get("stages", ()), name]
-        checked = _check_forward(name, source.task, current, made, source.probes)
-        facts = {k: v for k, v in made.facts.items() if k not in ("new_weights", "dtype", "stages")}
-        records.append({"name": name, "parameters": made.parameters, **checked, "made": facts})
-        current = made
-    return current, records
+def _planned(source: _Source, config: RunConfig, run: Run) -> tuple[Plan, Found | None]:
+    """The stages with their settings, searched for where a budget is given."""
+    if config.search.budget is None:
+        return stages(config), None
+    context = source.start.context
+    if context.batches is None:
+        context = replace(context, batches=list(source.start.probes))
+    found = search(replace(source.start, context=context), config, run)
+    source.start.context.memo.clear()  # type: ignore[union-attr] # there is one where there is a budget
+    return found.plan, found
 
 
 def _recovered(made: Loaded, config: RunConfig, run: Run, output: Output) -> tuple[Loaded, History]:
@@ -132,7 +122,7 @@ def _recovered(made: Loaded, config: RunConfig, run: Run, output: Output) -> tup
     save_model(made, folder, config.output.model_copy(update={"dtype": "float32"}))
     again = config.model_copy(deep=True)
     again.command, again.student.model = "distill", str(folder)
-    again.method = {"name": config.recover.method}
+    again.method = {"name": config.recover.method, **config.recover.settings}
     again.train.max_steps = config.recover.steps
     ready = get_ready(again, run)
     history = train(ready, again, run, output)
@@ -143,10 +133,14 @@ def _recovered(made: Loaded, config: RunConfig, run: Run, output: Output) -> tup
 
 def _prove(source: _Source, saved: Loaded, config: RunConfig, run: Run) -> Proof:
     """Benchmark before and after where there is data; sizes alone where there is none."""
-    if source.test is not None:
+    if source.test is None or source.data is None:
+        pair = (saved, source.loaded)
+        after, before = (Side(m.ref, m.revision, m.parameters, weight_bytes(m.folder), {}) for m in pair)
+        return Proof(after, before)
+    if saved.processor is source.loaded.processor:
         return compare(source.task, saved, source.loaded, source.test, config, run)
-    after, before = (Side(m.ref, m.revision, m.parameters, weight_bytes(m.folder), {}) for m in (saved, source.loaded))
-    return Proof(after, before)
+    own = source.task.encode(source.data.test, saved, config, run)
+    return compare(source.task, saved, source.loaded, own, config, run, teacher_data=source.test)
 
 
 def _trains(config: RunConfig) -> bool:
@@ -198,12 +192,22 @@ def compress(config: RunConfig, run: Run | None = None) -> Result:
         proof, manifest = read_proof(output.folder)
         return _conclude(config, run, output, proof, manifest, began)
     try:
+        if wanted(config, run):
+            proof, facts = run_streamed(config, run, output, began)
+            return _conclude(config, run, output, proof, facts, began)
         source = _start(config, run)
-        made, records = _apply(source, config, run, output)
+        plan, found = _planned(source, config, run)
+        first = before_recovery([name for name, _ in plan]) if config.recover.steps is not None else len(plan)
+        made, records = _apply(source.start, plan[:first], run, output.checkpoints)
         history = History(steps=0)
         if config.recover.steps is not None:
-            made, history = _recovered(made, config, run, output)
+            loaded, history = _recovered(made.loaded, config, run, output)
+            made = replace(made, loaded=loaded)
+        made, more = _apply(made, plan[first:], run, output.checkpoints)
+        records += more
         facts = {"task": source.task.name, "stages": records, "steps": history.steps + _trained(records)}
+        if found is not None:
+            facts["search"] = {"budget": found.budget, "points": found.points, "settings": dict(plan)}
         proof = _finish(source, made, history, config, run, output, facts, began)
     except BaseException:
         output.release()
@@ -213,7 +217,7 @@ def compress(config: RunConfig, run: Run | None = None) -> Result:
 
 def _finish(
     source: _Source,
-    made: Loaded,
+    made: Standing,
     history: History,
     config: RunConfig,
     run: Run,
@@ -222,20 +226,23 @@ def _finish(
     began: float,
 ) -> Proof:
     """Save, reload, measure, document, and move everything into place."""
-    task, staging = source.task, output.staging
-    save_model(made, staging, config.output)
+    task, staging, loaded = source.task, output.staging, made.loaded
+    save_model(loaded, staging, config.output)
     reload: dict[str, Any] = {}
     if config.eval.reload:
         run.reporter.info("reloading the result in a fresh process")
-        reload = reload_check(staging, task, made.model, source.probes[0], run.trust_remote_code)
+        reload = reload_check(staging, task, loaded.model, made.probes[0], run.trust_remote_code)
     model = load(staging, task.name, run).float()
-    proof = _prove(source, Loaded(model, made.processor, str(output.folder), None, staging, made.facts), config, run)
+    saved = Loaded(model, loaded.processor, str(output.folder), None, staging, loaded.facts)
+    proof = _prove(source, saved, config, run)
     proof.reload = reload
     recovered = {"method": config.recover.method, "steps": history.steps} if history.steps else None
     section = _section(facts["stages"], recovered)
+    if "search" in facts:
+        section += frontier_section(staging, facts["search"]["points"], facts["search"]["budget"], config.output.plots)
     write_report(staging, proof, [], config, config.output.plots and source.test is not None, section)
     command = run.provenance.get("command", "")
-    write_card(staging, proof, config, {"task": task.name, "labels": made.labels, "command_line": command})
+    write_card(staging, proof, config, {"task": task.name, "labels": loaded.labels, "command_line": command})
     extra = {**facts, "recovery": recovered, "seconds": time.perf_counter() - began}
     write_manifest(staging, config, proof, run, typed(command or "kdtool compress -c kdtool.json"), extra)
     output.commit()
@@ -249,6 +256,7 @@ def _conclude(config: RunConfig, run: Run, output: Output, proof: Proof, facts: 
         QualityProblem: the saved model does not reproduce its outputs.
     """
     extra = {"task": facts["task"], "method": config.method_name, "stages": facts["stages"]}
+    extra |= {key: facts[key] for key in ("search", "checked") if key in facts}
     if config.output.push is not None:
         extra["push"] = push(config, run, output.folder, proof)
     if not proof.reload.get("passed", True):

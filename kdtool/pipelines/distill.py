@@ -1,6 +1,8 @@
 """`distill`: teacher and data in; verified, documented student out."""
 
+import contextlib
 import shutil
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +13,14 @@ from kdtool.card import write_card
 from kdtool.config import RunConfig
 from kdtool.data.examples import DataSplits, Examples
 from kdtool.errors import DataProblem, QualityProblem, UsageProblem
+from kdtool.methods._base import Method
 from kdtool.models import Loaded, load
 from kdtool.pipelines import setup
 from kdtool.pipelines.caching import attach_cache, temperature_of
 from kdtool.pipelines.finished import read_proof
 from kdtool.pipelines.measured import check_metrics
 from kdtool.pipelines.output import KEPT_TEACHER, Output
+from kdtool.pipelines.prepare import check_teacher, prepared
 from kdtool.pipelines.prove import compare
 from kdtool.pipelines.push import check_push, push
 from kdtool.pipelines.teacher import fine_tuned
@@ -50,18 +54,27 @@ class Ready:
     views: Views | None = None
 
 
-def get_ready(config: RunConfig, run: Run) -> Ready:
-    """Load data and models, check that they fit, and build the method.
+def get_ready(config: RunConfig, run: Run, work: Path | None = None) -> Ready:
+    """Load data and models, check that they fit, build the method, and let it make its data.
+
+    Args:
+        config: The run's configuration.
+        run: Context.
+        work: Folder for what methods make before they train (default: a temporary one).
 
     Raises:
         KdtoolError: anything that does not fit, before any work is done.
     """
     setup.apply_benchmark(config)
-    task = setup.pick_task(config, config.teacher.model or config.student.model, run)
+    setup.apply_method(config)
+    check_teacher(config)
+    task = setup.pick_task(config, setup.first_model(config), run)
     check_metrics(config, task)
     facts = METHODS.info(config.method_name).facts
     check_fit(config.method_name, task.name)
-    if config.output.save_teacher and not (facts.get("trains_teacher") and config.teacher.model):
+    loads_teacher = facts.get("loads_teacher", True) and not config.teacher.writes_only
+    keeps = facts.get("trains_teacher") or not facts.get("loads_teacher", True)
+    if config.output.save_teacher and not (keeps and config.teacher.model):
         raise UsageProblem(
             f"--save-teacher: method {config.method_name} trains no teacher", hint="bd-kd, dml and kdcl train theirs"
         )
@@ -69,7 +82,7 @@ def get_ready(config: RunConfig, run: Run) -> Ready:
     if data.train is None:
         raise DataProblem("the data has no rows to train on", hint="name their split: --set data.train_split=NAME")
     teacher = None
-    if config.teacher.model is not None:
+    if config.teacher.model is not None and loads_teacher:
         teacher = setup.load_teacher(config, task, data, run)
         setup.relabel(data, teacher, config, run)
         if config.teacher.fine_tune:
@@ -80,12 +93,17 @@ def get_ready(config: RunConfig, run: Run) -> Ready:
     student = setup.load_student(config, task, data, teacher, run)
     if teacher is not None and teacher.facts.get("new_weights") and not facts.get("trains_teacher"):
         teacher = None  # an untrained teacher is only a source of layers; comparing with it says nothing
-    encoded = setup.encode(task, data, student, teacher, config, run)
     config.train.lr = config.train.lr or task.default_lr
     settings = METHODS.build_config(config.method_name, config.method_values)
     method = METHODS.get(config.method_name)(settings, student, [teacher] if teacher else [], task)
+    if type(method).prepare is not Method.prepare:
+        with contextlib.ExitStack() as stack:
+            folder = work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            data = prepared(method, task, data, config, run, folder)
+        teacher = method.teacher_list[0] if method.teacher_list else teacher
     if config.teacher.cache is not None:
         temperature_of(method, config, "teacher.cache")
+    encoded = setup.encode(task, data, student, teacher, config, run)
     encoded.train = packed(config, task, method, encoded.train)
     views = make_views(config, task, encoded.train, student, teacher)
     if (config.augment.mixup or config.augment.cutmix) and not method.mixes:
@@ -195,7 +213,7 @@ def distill(config: RunConfig, run: Run | None = None) -> Result:
         run.reporter.info(f"{output.folder} lacked only its last files; they are in place now")
         return _conclude(config, run, output.folder, None, began)
     try:
-        ready = get_ready(config, run)
+        ready = get_ready(config, run, output.work)
         history = train(ready, config, run, output)
         proof = _finish(ready, history, config, run, output, began) if run.rank == 0 else None
         parallel.wait(run)

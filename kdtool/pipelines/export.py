@@ -7,16 +7,20 @@ from kdtool.card import write_card
 from kdtool.config import RunConfig
 from kdtool.errors import QualityProblem, UsageProblem
 from kdtool.exporters._base import ExportReport
-from kdtool.models import load_model
+from kdtool.models import Loaded, load_model
+from kdtool.patching.fixed import check_exportable, patched_layers
 from kdtool.pipelines import setup
 from kdtool.pipelines.output import Output
 from kdtool.pipelines.probe import probe_batches
 from kdtool.pipelines.prove import weight_bytes
 from kdtool.pipelines.push import check_push, push
+from kdtool.pipelines.streamed import run_streamed, wanted
 from kdtool.proof import Proof, Result, Side
 from kdtool.registry import EXPORTERS
 from kdtool.report import write_manifest, write_report
 from kdtool.run import Run
+from kdtool.tasks._base import Task
+from kdtool.tasks._text import positions
 
 
 def export(config: RunConfig, run: Run | None = None) -> Result:
@@ -40,12 +44,15 @@ def export(config: RunConfig, run: Run | None = None) -> Result:
     asked = config.model_copy(deep=True)
     output = Output(Path(config.output.folder).expanduser(), asked)
     try:
+        if wanted(config, run):
+            return _streamed(config, run, output, began)
         task = setup.pick_task(config, config.teacher.model, run)
         loaded = load_model(config.teacher.model, task.auto_class, run, "model")
         setup.check_trained(loaded, "model")
         setup.load_processor(loaded, task, run)
         parameters, source_bytes, name = loaded.parameters, weight_bytes(loaded.folder), loaded.ref
-        probes = probe_batches(task, loaded, config, run)
+        length = _fixed_length(config, task, loaded)
+        probes = probe_batches(task, loaded, config, run, length)
         run.reporter.info(f"exporting to {config.output.format}, to be checked on {len(probes)} batches")
         report: ExportReport = exporter(loaded, task, probes, output.staging, config, run)
         files = _set_aside(output.staging, report)
@@ -83,6 +90,52 @@ def export(config: RunConfig, run: Run | None = None) -> Result:
     if report.scored:
         extra["next"] = f"kdtool evaluate {output.folder} --data DATA"
     return Result("export", output.folder, proof, time.perf_counter() - began, None, extra)
+
+
+def _streamed(config: RunConfig, run: Run, output: Output, began: float) -> Result:
+    """The result of an export weight by weight."""
+    proof, facts = run_streamed(config, run, output, began)
+    extra = {"format": config.output.format, **{key: facts[key] for key in ("dtype", "task", "checked")}}
+    extra["files"] = sorted(path.name for path in output.folder.glob("*.safetensors*"))
+    if config.output.push is not None:
+        extra["push"] = push(config, run, output.folder, proof)
+    extra["next"] = f"kdtool evaluate {output.folder} --data DATA"
+    return Result("export", output.folder, proof, time.perf_counter() - began, None, extra)
+
+
+def _fixed_length(config: RunConfig, task: Task, loaded: Loaded) -> int | None:
+    """The one length in tokens that the graph of a model with patched attention will read; None where it may vary.
+
+    Raises:
+        UsageProblem: it is missing, does not fit, or there is no such graph.
+    """
+    length = config.method_values.get("length")
+    if not (
+        config.output.format == "onnx" and patched_layers(loaded.model) and check_exportable(loaded.model, loaded.ref)
+    ):
+        if length is not None:
+            raise UsageProblem("method.length is for the graph of a model with patched attention")
+        return None
+    if "image" in task.columns:
+        if length is not None:
+            raise UsageProblem("method.length is for text: the images of a model have one size")
+        return None
+    if "text" not in task.columns:
+        raise UsageProblem(
+            f"patched attention is not exported for {task.name}",
+            why="its inputs have no fixed length",
+            hint="export the exact model",
+        )
+    if length is None:
+        raise UsageProblem(
+            f"the graph of '{loaded.ref}' needs one length",
+            why="its attention is patched, and a tree over keys has a fixed size",
+            hint="--set method.length=N, in tokens; shorter inputs are padded to it",
+        )
+    bound, beyond = positions(loaded)
+    if bound is not None and int(length) > bound and not beyond:
+        raise UsageProblem(f"method.length={length}: '{loaded.ref}' takes at most {bound} tokens")
+    return int(length)
 
 
 def _set_aside(folder: Path, report: ExportReport) -> list[str]:

@@ -9,6 +9,7 @@ between leaves that claim; the same command then completes the moves and is done
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -153,9 +154,13 @@ class Output:
         (self.work / "run.json").unlink(missing_ok=True)
         self.work.rmdir()
 
+    def _bought(self) -> Iterator[Path]:
+        """Rows that were written for this run, by a model or an endpoint."""
+        return (path for path in self.kept.rglob("*.jsonl*") if path.stat().st_size)
+
     def release(self) -> None:
         """Give up a claim that has nothing worth keeping."""
-        if not self.writer or not self.work.exists() or any(self.checkpoints.rglob("step-*")):
+        if not self.writer or not self.work.exists() or any(self.checkpoints.rglob("step-*")) or any(self._bought()):
             return
         if self._claim().get("state") != "moving":
             self._end()

@@ -17,6 +17,7 @@ from kdtool.errors import DataProblem, QualityProblem, UsageProblem
 from kdtool.models import Loaded, load, load_model
 from kdtool.patching.capture import capture
 from kdtool.patching.choose import Choice, Wish, choose
+from kdtool.patching.fixed import check_fixable
 from kdtool.patching.layers import Site, find_sites, implementation_of
 from kdtool.pipelines import setup
 from kdtool.pipelines.finished import read_proof
@@ -60,6 +61,8 @@ def patch_attention(config: RunConfig, run: Run | None = None) -> Result:
             "patch-attention needs a model and an output folder", hint="kdtool patch-attention MODEL --data DATA -o OUT"
         )
     check_push(config, run)
+    if config.patch.fixed:
+        check_fixable(config.method_name)
     setup.begin(config, run)
     output = Output(Path(config.output.folder).expanduser(), asked)
     if output.complete:
@@ -209,14 +212,15 @@ def _choose(config: RunConfig, run: Run, task: Task, loaded: Loaded, rows: Examp
     if short < wanted:
         raise DataProblem(
             f"the calibration rows hold only {short} positions, and --lengths asks for {wanted}",
-            hint="name more rows with --calibrate, or shorter --lengths",
+            hint="name more rows with --calibrate, or shorter --lengths; texts are cut at data.max_length",
         )
     made: dict[int, Choice] = {}
     for site, found in zip(open_sites, seen, strict=True):
         run.reporter.progress("layers", len(made), len(open_sites), {"layer": site.number})
         limit = _limit(task, loaded, found.longest)
         values = {key: value for key, value in config.method_values.items() if key != "min_length"}
-        wish = Wish(config.method_name, values, asked.max_error, asked.lengths, limit, _fixed_length(config), run.seed)
+        bounds = (asked.max_error, asked.lengths, limit, _fixed_length(config))
+        wish = Wish(config.method_name, values, *bounds, run.seed, asked.fixed)
         made[site.number] = choose(site.number, site.name, found, wish)
     return [made[site.number] if site.number in made else _left(site) for site in sites]
 

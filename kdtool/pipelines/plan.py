@@ -12,11 +12,13 @@ import transformers
 from kdtool.config import RunConfig, stages
 from kdtool.derive import depth_of, layer_indices
 from kdtool.hub import ModelRef, fetch_config
+from kdtool.modeling.compressed import weights_of
 from kdtool.models import auto_class, plain_model_errors, read_config
 from kdtool.pipelines import setup
 from kdtool.pipelines.estimate import Size, estimate, size_of, tokens_of, without_layers
 from kdtool.pipelines.harness import is_harness
 from kdtool.pipelines.measured import check_metrics
+from kdtool.pipelines.prepare import check_teacher
 from kdtool.pipelines.push import check_push
 from kdtool.registry import METHODS
 from kdtool.run import Run
@@ -39,7 +41,7 @@ def _shape(reference: str, task: Task, run: Run) -> tuple[int, str | None, Any]:
         config = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
         known = type(config) in auto_class(task.auto_class)._model_mapping
         model = (auto_class(task.auto_class) if known else auto_class("AutoModel")).from_config(config)
-    return sum(p.numel() for p in model.parameters()), revision, (config, model)
+    return weights_of(model), revision, (config, model)
 
 
 def plan(config: RunConfig, run: Run | None = None, processes: int = 1) -> dict[str, Any]:
@@ -58,14 +60,18 @@ def plan(config: RunConfig, run: Run | None = None, processes: int = 1) -> dict[
     check_push(config, run)
     if not (config.command == "evaluate" and is_harness(config)):
         setup.apply_benchmark(config)
-    first = config.teacher.model or config.student.model
-    task = setup.pick_task(config, first, run)
+    if config.command == "distill":
+        setup.apply_method(config)
+        check_teacher(config)
+    task = setup.pick_task(config, setup.first_model(config), run)
     check_metrics(config, task)
     result: dict[str, Any] = {"command": config.command, "task": task.name, "device": run.device, "seed": run.seed}
     teacher: Size | None = None
     student: Size | None = None
     tokens, steps = None, 0
-    if config.teacher.model:
+    if config.teacher.writes_only:
+        result["teacher"] = {"name": config.teacher.model}
+    elif config.teacher.model:
         count, revision, shape = _shape(config.teacher.model, task, run)
         teacher = size_of(*shape)
         result["teacher"] = {"name": config.teacher.model, "revision": revision, "parameters": count}
@@ -100,6 +106,8 @@ def plan(config: RunConfig, run: Run | None = None, processes: int = 1) -> dict[
     if config.command == "compress":
         result["stages"] = [{"name": name, **values} for name, values in stages(config)]
         result["recover"] = {"method": config.recover.method, "steps": config.recover.steps or 0}
+        if config.search.budget is not None:
+            result["budget"] = config.search.budget
     result["estimate"] = estimate(config, run, student, teacher, tokens, steps)
     result["output"] = config.output.folder
     return result

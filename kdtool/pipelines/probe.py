@@ -3,15 +3,18 @@
 from typing import Any
 
 import numpy as np
+import torch
 
 from kdtool.config import RunConfig
 from kdtool.data.examples import Examples
 from kdtool.models import Loaded
+from kdtool.pipelines.lengths import sequence
 from kdtool.pipelines.setup import get_data
 from kdtool.run import Run
 from kdtool.tasks._base import Batch, Task
 
 _ROWS = 4
+_WINDOWS = 6
 _REAL_ROWS = 32
 _TEXTS = [
     "a short line",
@@ -21,7 +24,7 @@ _TEXTS = [
 ]
 
 
-def probe_batches(task: Task, loaded: Loaded, config: RunConfig, run: Run) -> list[Batch]:
+def probe_batches(task: Task, loaded: Loaded, config: RunConfig, run: Run, length: int | None = None) -> list[Batch]:
     """Batches of several shapes, each of real inputs.
 
     The first holds all rows, padded to the longest; then come single rows of several lengths, which
@@ -29,6 +32,8 @@ def probe_batches(task: Task, loaded: Loaded, config: RunConfig, run: Run) -> li
 
     With `--data` the rows are the first of the test rows (up to 32); otherwise fixed sentences, or
     seeded noise for images and audio.
+
+    With a `length` in tokens all inputs have it: rows joined and cut, some padded.
     """
     if config.data.source is not None:
         rows = get_data(config, task, run, score_only=True).test
@@ -36,6 +41,8 @@ def probe_batches(task: Task, loaded: Loaded, config: RunConfig, run: Run) -> li
     else:
         rows = _made(task, loaded, run.seed)
     encoded = task.encode(rows, loaded, config, run)
+    if length is not None:
+        return _of_length(task, encoded, length, run.seed)
     count = min(len(encoded), _REAL_ROWS if config.data.source is not None else _ROWS)
     # a graph is traced with the first batch, and a batch of one row would fix the number of rows
     batches = [task.example_inputs(encoded, max(2, count))]
@@ -48,6 +55,21 @@ def probe_batches(task: Task, loaded: Loaded, config: RunConfig, run: Run) -> li
         whole = batches[0]
         window = next(iter(whole.values())).shape[1]
         batches += [{key: value[:2, :length] for key, value in whole.items()} for length in {window // 2, 3}]
+    return batches
+
+
+def _of_length(task: Task, encoded: Examples, length: int, seed: int) -> list[Batch]:
+    """Batches of three, one and two sequences of a length; those of classifiers end in padding where not the first."""
+    batch, _ = sequence(task, encoded, _WINDOWS * length, seed)
+    rows = batch["input_ids"].reshape(_WINDOWS, length)
+    batches = []
+    for chosen in (slice(0, 3), slice(3, 4), slice(4, 6)):
+        made: Batch = {"input_ids": rows[chosen].clone()}
+        if task.classifies:
+            real = length - length * torch.arange(len(made["input_ids"])) // 4
+            made["attention_mask"] = (torch.arange(length) < real[:, None]).long()
+            made["input_ids"] *= made["attention_mask"]
+        batches.append(made)
     return batches
 
 

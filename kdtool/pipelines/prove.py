@@ -93,10 +93,14 @@ def measure(
 
 
 def agree(side: Side, student: Evaluation, teacher: Evaluation, names: Sequence[str]) -> None:
-    """Note how often student and teacher rank the same class or token first, where that is asked for."""
+    """Note how often student and teacher rank the same class or token first, where that is asked for.
+
+    Models with different tokenizers rank different tokens, and at different places.
+    """
+    if teacher.predictions is None:
+        return
     for name in names:
         if name.replace("_", "-") == "agreement" and student.predictions is not None and student.units is not None:
-            assert teacher.predictions is not None
             value, error = agreement.measured(student.predictions, teacher.predictions, student.units)
             side.metrics[name], side.errors[name] = value, error
 
@@ -109,20 +113,26 @@ def compare(
     config: RunConfig,
     run: Run,
     validation: Examples | None = None,
+    teacher_data: Examples | None = None,
 ) -> Proof:
-    """Score and time the student, and the teacher beside it; with validation rows also their temperatures."""
+    """Score and time the student, and the teacher beside it; with validation rows also their temperatures.
+
+    With `teacher_data` the teacher sees those rows, encoded for it alone, instead of its view of `data`.
+    """
     say = run.reporter.info
     say(f"scoring on {len(data)} test rows")
     left, seen = measure(task, student, data, config, run, None, validation)
     right = None
     if teacher is not None:
-        right, beside = measure(task, teacher, data, config, run, 0, validation)
-        agree(left, seen, beside, config.eval.metrics or task.metrics)
+        rows, view = (data, 0) if teacher_data is None else (teacher_data, None)
+        right, beside = measure(task, teacher, rows, config, run, view, validation)
+        if teacher_data is None or task.classifies:  # else their tokens are not the same
+            agree(left, seen, beside, config.eval.metrics or task.metrics)
     proof = Proof(left, right)
     if right is not None:
         proof.retention = retention(left.metrics, right.metrics)
     if config.eval.latency:
-        _time(task, student, teacher, data, config, run, proof)
+        _time(task, student, teacher, data, config, run, proof, teacher_data)
     proof.gates = [
         gates.check(gate, left.metrics, right.metrics if right else None, proof.retention)
         for gate in gates.parse_gates(config.eval.fail_under)
@@ -131,7 +141,14 @@ def compare(
 
 
 def _time(
-    task: Task, student: Loaded, teacher: Loaded | None, data: Examples, config: RunConfig, run: Run, proof: Proof
+    task: Task,
+    student: Loaded,
+    teacher: Loaded | None,
+    data: Examples,
+    config: RunConfig,
+    run: Run,
+    proof: Proof,
+    teacher_data: Examples | None = None,
 ) -> None:
     sizes: Sequence[int] = config.eval.latency_batches
     repeats = config.eval.latency_repeats
@@ -140,7 +157,8 @@ def _time(
     views = {"student": batches}
     if teacher is not None:
         models["teacher"] = teacher.model
-        views["teacher"] = {size: task.example_inputs(data, size, 0) for size in sizes}
+        rows, view = (data, 0) if teacher_data is None else (teacher_data, None)
+        views["teacher"] = {size: task.example_inputs(rows, size, view) for size in sizes}
     timed = latency(task, models, views, repeats, run.device)
     proof.student.latency = timed["student"]
     if proof.teacher is not None:

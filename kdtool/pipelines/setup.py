@@ -32,7 +32,7 @@ from kdtool.models import (
 from kdtool.patching import KEY, install, layers_of
 from kdtool.pipelines.architectures import task_by_optimum
 from kdtool.pipelines.measured import check_responses
-from kdtool.registry import TASKS
+from kdtool.registry import METHODS, TASKS
 from kdtool.run import Reporter, Run, Silent
 from kdtool.tasks._base import TEACHER_PREFIX, Task
 from kdtool.teacher_cache import read_marks
@@ -117,6 +117,18 @@ def apply_benchmark(config: RunConfig) -> None:
             setattr(config.data, key, value)
     if config.eval.metrics is None and benchmark.metrics:
         config.eval.metrics = list(benchmark.metrics)
+
+
+def apply_method(config: RunConfig) -> None:
+    """Fill in what a method's students are measured by, where nothing is asked for."""
+    own = METHODS.info(config.method_name).facts.get("metrics")
+    if own and config.eval.metrics is None:
+        config.eval.metrics = list(own)
+
+
+def first_model(config: RunConfig) -> str | None:
+    """The model whose configuration says what a run is about: the teacher, unless it gives only texts."""
+    return config.student.model if config.teacher.writes_only else config.teacher.model or config.student.model
 
 
 def pick_task(config: RunConfig, reference: str | None, run: Run) -> Task:
@@ -337,6 +349,10 @@ def load_student(config: RunConfig, task: Task, data: DataSplits, teacher: Loade
         load_processor(student, task, run, teacher)
         if data.labels and not student.facts["new_weights"] and student.labels != data.labels:
             _check_student_labels(student, data.labels)
+    if getattr(student.model, "quantized", False):
+        raise ModelProblem(
+            f"student '{reference}' cannot be trained: its weights are quantised", hint="train first, then quantize"
+        )
     if config.student.init == "random" and student.facts["new_weights"] != ["all"]:
         layers = layers_of(student.model)
         student.model = type(student.model)(copy.deepcopy(student.model.config)).eval()
@@ -399,10 +415,14 @@ def encode(
 ) -> Encoded:
     """Encode each split for the student, and again for a teacher with another processor."""
     shared = teacher is None or processor_key(teacher.processor) == processor_key(student.processor)
+    if teacher is not None and not shared:
+        shared = task.shares_inputs(student, teacher)
 
     def one(rows: Examples | None) -> Examples | None:
         if rows is None:
             return None
+        if not shared and teacher is not None and not task.classifies:
+            return task.encode_apart(rows, student, teacher, config, run)
         made = task.encode(rows, student, config, run)
         if not shared and teacher is not None:
             prefix = f"{TEACHER_PREFIX}0."

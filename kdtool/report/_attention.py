@@ -55,6 +55,7 @@ def attention_section(
         "Error: largest over the heads of the spectral norm of approximate minus exact outputs, relative to the exact",
         "ones, on pilot rows of real inputs; beside it the error of answering every query with the mean of the values.",
         "Speed: time of exact attention (SDPA) divided by the operator's. Shorter inputs are joined to these lengths.",
+        "From keys: the break-even length, from which on the operator is faster and within the bound, or the one set.",
         "",
     ]
     left = [choice for choice in choices if choice.layer.reason is not None]

@@ -132,6 +132,14 @@ class Task:
         """What makes training rows of this task differ from epoch to epoch, a `kdtool.tasks._views.Views`, or None."""
         return None
 
+    def shares_inputs(self, student: Loaded, teacher: Loaded) -> bool:
+        """Whether a teacher with another processor takes the student's inputs all the same."""
+        return False
+
+    def encode_apart(self, rows: Examples, student: Loaded, teacher: Loaded, config: RunConfig, run: Run) -> Examples:
+        """Inputs of a language model, and beside them those of a teacher with another tokenizer."""
+        raise NotImplementedError
+
     def packed(self, rows: Examples, models: Sequence[nn.Module]) -> Examples | None:
         """Encoded training rows that `collate` puts side by side, for models that keep them apart.
 

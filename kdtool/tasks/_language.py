@@ -12,12 +12,14 @@ from torch.nn import functional
 from kdtool.config import RunConfig
 from kdtool.data.batching import ordered_batches
 from kdtool.data.examples import Examples
+from kdtool.errors import DataProblem
 from kdtool.metrics import Texts, compared, ratio_and_error, score_texts
 from kdtool.models import Loaded
 from kdtool.run import Run
 from kdtool.tasks import _base
-from kdtool.tasks._base import LABELS, Batch, Evaluation, to_device
+from kdtool.tasks._base import LABELS, TEACHER_PREFIX, Batch, Evaluation, to_device
 from kdtool.tasks._prompts import REFERENCE
+from kdtool.tasks._spans import same_tokens
 from kdtool.tasks._text import padding_id
 from kdtool.tasks._writing import Writing, write
 
@@ -35,6 +37,20 @@ class LanguageTask(_base.Task):
     writes: ClassVar[bool] = True
     classifies: ClassVar[bool] = False
 
+    def shares_inputs(self, student: Loaded, teacher: Loaded) -> bool:
+        """True if every id that both tokenizers have is the same token in both."""
+        return same_tokens(student.processor, teacher.processor)
+
+    def encode_apart(self, rows: Examples, student: Loaded, teacher: Loaded, config: RunConfig, run: Run) -> Examples:
+        """Refuse: methods of this task compare token with token.
+
+        Raises:
+            DataProblem: always.
+        """
+        raise DataProblem(
+            "teacher and student have different tokenizers", hint="choose a student with the teacher's tokenizer"
+        )
+
     def units(self, batch: Batch) -> Tensor:
         """How many units each example of a batch has, [examples] int64; `forward` gives them in that order."""
         raise NotImplementedError
@@ -46,6 +62,7 @@ class LanguageTask(_base.Task):
     def remember(self, loaded: Loaded, config: RunConfig) -> None:
         """Keep what evaluation needs of tokenizer and settings; called by `encode`."""
         self.tokenizer, self.answers = loaded.processor, config.eval.answers
+        self.others: dict[int, Any] = {}
         self.padding = padding_id(loaded.processor)
         self.writing = Writing(config.eval.max_new_tokens, tuple(config.eval.stop))
 
@@ -64,12 +81,13 @@ class LanguageTask(_base.Task):
         Standard errors treat rows as independent.
         """
         model.eval()
+        data, tokenizer, apart = self._seen_by(data, teacher)
         sums, predictions = self._passes(model, data, run, batch_size)
         values, errors = _figures(*sums)
         named = [name for name in metrics if compared(name) == "texts"]
         if named:
             prompts = [self.prompt_of(data[i]) for i in range(len(data))]
-            written = write(model, self.tokenizer, prompts, self.writing, batch_size, run)
+            written = write(model, tokenizer, prompts, self.writing, batch_size, run)
             references: Any = data.columns[REFERENCE]
             found = score_texts(named, Texts(written, references, self.answers))
             values, errors = values | found[0], errors | found[1]
@@ -80,9 +98,18 @@ class LanguageTask(_base.Task):
             None,
             None,
             len(data),
-            predictions,
+            None if apart else predictions,
             sums[2].astype(np.int64),
         )
+
+    def _seen_by(self, data: Examples, teacher: int | None) -> tuple[Examples, Any, bool]:
+        """Rows and tokenizer of the student, or of a teacher, and whether these are the teacher's own."""
+        prefix = f"{TEACHER_PREFIX}{teacher}."
+        own = {name.removeprefix(prefix): column for name, column in data.columns.items() if name.startswith(prefix)}
+        if teacher is None or not own:
+            return data, self.tokenizer, False
+        lengths = np.array([len(ids) for ids in own["input_ids"]], dtype=np.int64)
+        return Examples({**own, REFERENCE: data.columns[REFERENCE]}, lengths), self.others[teacher], True
 
     @torch.no_grad()
     def _passes(self, model: nn.Module, data: Examples, run: Run, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -107,6 +134,7 @@ class LanguageTask(_base.Task):
 
     def example_inputs(self, data: Examples, batch_size: int, teacher: int | None = None) -> Batch:
         """A batch of real rows without labels."""
+        data, _, _ = self._seen_by(data, teacher)
         batch = self.collate([data[i % len(data)] for i in range(batch_size)])
         return {key: value for key, value in batch.items() if key != LABELS}
 

@@ -5,6 +5,7 @@ images; each epoch is a view of its own, or one of `augment.views` in turn. So a
 with the same masks, and what a teacher says of a view can be kept.
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -59,6 +60,7 @@ class MaskedViews(Views):
     """Makes batches of training rows with the masks of an epoch.
 
     Args:
+        masks: How tokens are masked.
         collate: Makes a batch of rows and the numbers of their views.
         data: Encoded training rows.
         settings: Says how many views there are.
@@ -66,12 +68,18 @@ class MaskedViews(Views):
 
     def __init__(
         self,
+        masks: Masks,
         collate: Callable[[Sequence[Mapping[str, Any]], Sequence[int]], Batch],
         data: Examples,
         settings: AugmentSection,
     ) -> None:
         super().__init__(data, settings)
-        self.collate = collate
+        self.masks, self.collate = masks, collate
+
+    @property
+    def mark(self) -> str:
+        """Seed, share and number of the masks."""
+        return json.dumps({"share": self.masks.share, "seed": self.masks.seed, "views": self.count})
 
     def batch(self, numbers: np.ndarray, device: str) -> Batch:
         """The views with these numbers, collated."""

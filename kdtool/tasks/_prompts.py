@@ -34,11 +34,13 @@ class Piece:
         text: What is tokenised.
         counts: Whether it is to be learnt.
         ends: Whether an end-of-sequence token belongs behind it.
+        answer: Of what counts, the response itself, without what a template adds.
     """
 
     text: str
     counts: bool
     ends: bool = False
+    answer: str = ""
 
 
 @dataclass(slots=True)
@@ -87,19 +89,9 @@ def encode_prompts(rows: Examples, tokenizer: Any, settings: DataSection, limit:
             why=f"{tally.too_long} have a prompt of {limit} tokens or more, {tally.empty} have no response",
             hint="--set data.long_prompts=cut, or a larger data.max_length",
         )
-    answers = _first_answers(rows)
-    columns: dict[str, Any] = {"input_ids": ids, COUNTED: counted, REFERENCE: [answers[number] for number in kept]}
+    answers = [next(piece.answer for piece in pieces[number] if piece.counts) for number in kept]
+    columns: dict[str, Any] = {"input_ids": ids, COUNTED: counted, REFERENCE: answers}
     return Examples(columns, np.array([len(row) for row in ids], dtype=np.int64))
-
-
-def _first_answers(rows: Examples) -> Sequence[str]:
-    """The response of each row, of a conversation the first."""
-    if "messages" not in rows.columns:
-        return list(rows.columns["response"])
-    return [
-        next((message["content"] for message in messages[1:] if message["role"] == ANSWERS), "")
-        for messages in rows.columns["messages"]
-    ]
 
 
 def documents(texts: Sequence[Sequence[int]], begin: Sequence[int], end: int | None, limit: int) -> Examples:
@@ -137,7 +129,7 @@ def pieces_of(rows: Examples, tokenizer: Any, settings: DataSection) -> tuple[li
     if plain and not settings.chat_template:
         prompts, answers = asked(rows, settings.separator), rows.columns["response"]
         return [
-            [Piece(_apart(prompt, settings.separator), False), Piece(response, True, True)]
+            [Piece(apart(prompt, settings.separator), False), Piece(response, True, True, response)]
             for prompt, response in zip(prompts, answers, strict=True)
         ], begin
     if not has_template:
@@ -163,7 +155,7 @@ def _message(role: str, text: str) -> dict[str, str]:
     return {"role": role, "content": text}
 
 
-def _apart(text: str, separator: str) -> str:
+def apart(text: str, separator: str) -> str:
     """Text with a separator behind it, unless it ends in white space or is empty."""
     return text if not text or text[-1].isspace() else text + separator
 
@@ -174,7 +166,7 @@ def asked(rows: Examples, separator: str) -> list[str]:
     if "input" not in rows.columns:
         return prompts
     pairs = zip(prompts, rows.columns["input"], strict=True)
-    return [_apart(prompt, separator) + given if given else prompt for prompt, given in pairs]
+    return [apart(prompt, separator) + given if given else prompt for prompt, given in pairs]
 
 
 def _plain_chat(messages: Conversation) -> list[Piece]:
@@ -186,7 +178,7 @@ def _plain_chat(messages: Conversation) -> list[Piece]:
     for message in messages:
         heading = f"{message['role'].capitalize()}:\n"
         if message["role"] == ANSWERS:
-            pieces += [Piece(heading, False), Piece(message["content"], True, True)]
+            pieces += [Piece(heading, False), Piece(message["content"], True, True, message["content"])]
         else:
             pieces.append(Piece(f"{heading}{message['content']}\n\n", False))
     return _merged(pieces)
@@ -221,20 +213,23 @@ def _templated(messages: Conversation, tokenizer: Any) -> list[Piece]:
         return [Piece(written(len(messages)), False)]
     whole = written(places[-1] + 1)
     return (
-        _answers(places, written, whole)
-        or _answers(places[-1:], written, whole)
+        _answers(messages, places, written, whole)
+        or _answers(messages, places[-1:], written, whole)
         or _refuse("its template does not write an answer behind the question for it")
     )
 
 
-def _answers(places: Sequence[int], written: Callable[..., str], whole: str) -> list[Piece] | None:
+def _answers(
+    messages: Conversation, places: Sequence[int], written: Callable[..., str], whole: str
+) -> list[Piece] | None:
     """Pieces of a conversation with the answers at some places; None where it is not written turn by turn."""
     pieces, at = [], 0
     for place in places:
         start, end = written(place, True), written(place + 1)
         if len(start) < at or not (end.startswith(start) and whole.startswith(end)):
             return None
-        pieces += [Piece(whole[at : len(start)], False), Piece(whole[len(start) : len(end)], True, place == places[-1])]
+        answer = Piece(whole[len(start) : len(end)], True, place == places[-1], messages[place]["content"])
+        pieces += [Piece(whole[at : len(start)], False), answer]
         at = len(end)
     return pieces
 

@@ -23,17 +23,28 @@ def longest(loaded: Loaded, wanted: int | None, default: int = _DEFAULT_LONGEST)
     limits = []
     if loaded.processor.model_max_length < _UNBOUNDED:
         limits.append(int(loaded.processor.model_max_length))
-    config: Any = loaded.model.config
-    config = getattr(config, "backbone_config", None) or config
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions:
-        # RoBERTa-like models lose the positions up to the padding id
-        padded = config.model_type in {"roberta", "xlm-roberta", "camembert", "mpnet", "longformer"}
-        limits.append(int(positions) - (2 if padded else 0))
+    own, _ = positions(loaded)
+    if own is not None:
+        limits.append(own)
     bound = min(limits, default=default)
     if wanted is not None and limits and wanted > bound:
         raise ConfigProblem(f"data.max_length={wanted}: '{loaded.ref}' takes at most {bound} tokens")
     return wanted or min(bound, default)
+
+
+def positions(loaded: Loaded) -> tuple[int | None, bool]:
+    """Positions that a model was made for, None if it names none; and whether it can go on beyond them.
+
+    Rotary positions are computed for any place, others are looked up in a table.
+    """
+    config: Any = loaded.model.config
+    config = getattr(config, "backbone_config", None) or config
+    named = getattr(config, "max_position_embeddings", None)
+    if not named or named < 0:
+        return None, True
+    # RoBERTa-like models lose the positions up to the padding id
+    padded = config.model_type in {"roberta", "xlm-roberta", "camembert", "mpnet", "longformer"}
+    return int(named) - (2 if padded else 0), bool(getattr(config, "rope_parameters", None))
 
 
 def padding_id(tokenizer: Any) -> int:

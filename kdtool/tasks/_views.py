@@ -160,6 +160,11 @@ class Views:
         """Views of each row; 0 if each epoch has its own."""
         return self.settings.views
 
+    @property
+    def mark(self) -> str:
+        """Equal for views that show a row in equal ways."""
+        return self.settings.model_dump_json()
+
     def numbers(self, rows: Sequence[int] | np.ndarray, epoch: int) -> np.ndarray:
         """Numbers [batch] int64 of the views of some rows that belong to an epoch."""
         view = epoch % self.count if self.count else epoch

@@ -15,7 +15,7 @@ import transformers
 from torch import Tensor, nn
 
 from kdtool.data.batching import ordered_batches
-from kdtool.errors import ModelProblem
+from kdtool.errors import ModelProblem, UsageProblem
 from kdtool.run import Run
 from kdtool.tasks._text import padding_id
 
@@ -62,8 +62,16 @@ def write(
         settings: Length and ends.
         batch_size: Prompts at a time; does not change the result.
         run: Gives the device, hears of progress.
+
+    Raises:
+        UsageProblem: the model cannot write, as a graph cannot.
     """
     anything: Any = model
+    if not hasattr(anything, "generate"):
+        raise UsageProblem(
+            "metrics of texts need a model that writes, and an exported graph does not",
+            hint="score the model it was exported from, or ask for --metrics loss",
+        )
     causal = not anything.config.is_encoder_decoder
     ends = ends_of(anything, tokenizer)
     rooms = _rooms(anything, prompts, settings.longest, causal)

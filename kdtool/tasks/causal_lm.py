@@ -19,12 +19,14 @@ from kdtool.data.examples import Examples
 from kdtool.divergences import head_of
 from kdtool.errors import DataProblem
 from kdtool.models import Loaded
+from kdtool.registry import METHODS
 from kdtool.run import Run
-from kdtool.tasks._base import LABELS, Batch, Outputs, States
+from kdtool.tasks._base import LABELS, TEACHER_PREFIX, Batch, Outputs, States
 from kdtool.tasks._heads import body_of, has_plain_head
 from kdtool.tasks._language import IGNORED, LanguageTask
 from kdtool.tasks._packing import POSITIONS, examples_of, joined, keeps_apart, packable, padded_positions
 from kdtool.tasks._prompts import COUNTED, documents, encode_prompts, has_prompts
+from kdtool.tasks._spans import GROUPS, encode_apart
 from kdtool.tasks._text import longest, pad
 
 _WINDOW = 256
@@ -46,12 +48,8 @@ class Task(LanguageTask):
         """Windows [rows, window] of token ids, or rows of prompt and response with a mask of what counts.
 
         Raises:
-            DataProblem: not even one window or row, or teacher and student cut text differently.
+            DataProblem: not even one window or row.
         """
-        if prefix:
-            raise DataProblem(
-                "teacher and student have different tokenizers", hint="choose a student with the teacher's tokenizer"
-            )
         tokenizer = loaded.processor
         self.remember(loaded, config)
         if has_prompts(rows):
@@ -71,9 +69,29 @@ class Task(LanguageTask):
             )
         return Examples({"input_ids": stream[: count * window].reshape(count, window)})
 
+    def encode_apart(self, rows: Examples, student: Loaded, teacher: Loaded, config: RunConfig, run: Run) -> Examples:
+        """Rows of one text each in the tokens of both models, with the places where both can be compared.
+
+        Raises:
+            DataProblem: the method compares token with token.
+        """
+        name = config.method_name
+        if config.command not in ("distill", "compare"):
+            raise DataProblem("the two models have different tokenizers", hint="evaluate them one by one")
+        if not METHODS.info(name).facts.get("other_tokenizers"):
+            raise DataProblem(
+                "teacher and student have different tokenizers",
+                why=f"{name} compares token with token",
+                hint="--method span-kd or uld compares texts; or choose a student with the teacher's tokenizer",
+            )
+        self.remember(student, config)
+        self.others[0] = teacher.processor
+        limits = [longest(loaded, config.data.max_length, default=_LONGEST_ROW) for loaded in (student, teacher)]
+        return encode_apart(rows, [student.processor, teacher.processor], limits, config.data, run)
+
     def packed(self, rows: Examples, models: Sequence[nn.Module]) -> Examples | None:
         """Rows with the place of each token; None for windows, which are full, and where a model mixes examples."""
-        if COUNTED not in rows.columns or not all(keeps_apart(model) for model in models):
+        if COUNTED not in rows.columns or GROUPS in rows.columns or not all(keeps_apart(model) for model in models):
             return None
         return packable(rows)
 
@@ -88,7 +106,16 @@ class Task(LanguageTask):
         if rows is not items:
             positions, _ = pad([row[POSITIONS] for row in rows], 0)
             batch[POSITIONS] = padded_positions(positions, mask)
-        return batch
+        return batch | self._beside(items) if GROUPS in items[0] else batch
+
+    def _beside(self, items: Sequence[Mapping[str, Any]]) -> Batch:
+        """Inputs of a teacher with another tokenizer, and groups [groups, 5]: row, and tokens of both."""
+        prefix = f"{TEACHER_PREFIX}0."
+        own = [{key.removeprefix(prefix): item[key] for key in item if key.startswith(prefix)} for item in items]
+        found = {prefix + key: value for key, value in self.collate(own).items()}
+        rows = np.repeat(np.arange(len(items)), [len(item[GROUPS]) for item in items])
+        found[GROUPS] = torch.from_numpy(np.c_[rows, np.concatenate([item[GROUPS] for item in items])])
+        return found
 
     def forward(self, model: nn.Module, batch: Batch) -> Outputs:
         """Logits [units, vocabulary] and next tokens [units] of the tokens that count.

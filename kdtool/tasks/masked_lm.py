@@ -73,7 +73,7 @@ class Task(LanguageTask):
 
     def views(self, rows: Examples, settings: AugmentSection) -> Views:
         """New masks in each epoch."""
-        return MaskedViews(self.masked, rows, settings)
+        return MaskedViews(self.masks, self.masked, rows, settings)
 
     def collate(self, items: Sequence[Mapping[str, Any]]) -> Batch:
         """Pad rows, with the masks of their first view."""

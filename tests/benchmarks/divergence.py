@@ -229,7 +229,9 @@ def main() -> int:
                     if one is not None:
                         rounds.setdefault(name, []).append(one)
             worst = check_same({name: ones[0] for name, ones in rounds.items()})
-            print(f"\n{kind}, V = {vocabulary:,}; largest difference of loss and gradient norms {worst:.0e}")
+            print(
+                f"\n{kind}, V = {vocabulary:,}; largest difference of loss and gradient norms {worst:.0e}", flush=True
+            )
             missed += [f"{kind}, V = {vocabulary}: {what}" for what in report(rounds)]
     print("\n" + ("goals missed: " + "; ".join(missed) if missed else "all goals met"))
     return 1 if missed else 0

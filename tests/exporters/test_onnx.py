@@ -122,7 +122,7 @@ def test_a_failure_of_the_first_exporter_is_said_aloud(monkeypatch: pytest.Monke
     def broken(*args: object) -> None:
         raise RuntimeError("no such operator\nmore")
 
-    def fine(model: object, inputs: object, path: Path, opset: int) -> None:
+    def fine(model: object, inputs: object, path: Path, opset: int, fixed: bool) -> None:
         path.touch()
 
     class Heard(Silent):
@@ -221,7 +221,7 @@ def test_failed_parity_sets_the_graph_aside(
 ) -> None:
     good = Path(exported("bert-small").output)
 
-    def wrong(loaded, batch, path, opset, engine, run):
+    def wrong(loaded, batch, path, opset, engine, run, fixed):
         for name in ("model.onnx", "model.onnx.data"):
             (path.parent / name).write_bytes((good / name).read_bytes())
         weights = np.fromfile(path.parent / "model.onnx.data", dtype=np.float32)

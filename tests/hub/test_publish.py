@@ -26,6 +26,8 @@ def result(tmp_path):
     (folder / "model.safetensors").write_bytes(WEIGHTS)
     (folder / "README.md").write_text("---\ntags: [kdtool]\n---\n# student\n")
     (folder / ".report.md.part").write_text("unfinished")
+    (folder / "data").mkdir()
+    (folder / "data" / "annotations.jsonl").write_text("{}")  # texts made to train on stay here
     (folder / "link.json").symlink_to("/etc/hostname")
     return folder
 

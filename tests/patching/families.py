@@ -90,6 +90,14 @@ def _cross() -> Any:
 
 FAMILIES: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, torch.Tensor]]]] = {
     "bert": (lambda: tf.BertForSequenceClassification(tf.BertConfig(**_SHAPE)), text),
+    "distilbert": (
+        lambda: tf.DistilBertModel(
+            tf.DistilBertConfig(
+                dim=16, n_layers=2, n_heads=4, hidden_dim=24, vocab_size=60, max_position_embeddings=128
+            )
+        ),
+        text,
+    ),
     "vit": (_vit, lambda: {"pixel_values": noise(2, 3, 36, 36)}),
     "llama": (lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**_SHAPE, num_key_value_heads=2)), lambda: text("left")),
     "mistral": (
@@ -97,6 +105,31 @@ FAMILIES: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, torch.Tensor
         lambda: text("left"),
     ),
     "gpt2": (_gpt2, lambda: text("left")),
+    "gemma3": (
+        lambda: tf.Gemma3TextModel(
+            tf.Gemma3TextConfig(
+                **_SHAPE,
+                num_key_value_heads=2,
+                head_dim=8,
+                sliding_window=16,
+                layer_types=["sliding_attention", "full_attention"],
+            )
+        ),
+        lambda: text("left"),
+    ),
+    "clip-vision": (
+        lambda: tf.CLIPVisionModel(
+            tf.CLIPVisionConfig(
+                hidden_size=16,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                intermediate_size=24,
+                image_size=36,
+                patch_size=4,
+            )
+        ),
+        lambda: {"pixel_values": noise(2, 3, 36, 36)},
+    ),
     "clip-text": (lambda: tf.CLIPTextModel(tf.CLIPTextConfig(**_SHAPE)), text),
     "whisper-encoder": (_whisper, lambda: {"input_features": noise(2, 8, 2 * N)}),
     "modernbert": (

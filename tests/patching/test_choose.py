@@ -53,6 +53,8 @@ def test_it_is_used_from_where_it_pays(monkeypatch, ratios, start):
         (seen(), {"fixed": {"leaf": 64, "near": 0}, "max_error": 1e-3, "min_length": 64}, "error"),
         (seen(), {"limit": 100, "min_length": 128}, "takes 100"),
         (seen(window=16), {}, "window of 16"),
+        (seen(), {"max_error": 0.0}, "no error"),
+        (seen(causal=True), {"fixed_state": True}, "cannot be fixed"),
     ],
 )
 def test_a_layer_stays_exact_with_a_reason(captured, values, said):
@@ -66,6 +68,14 @@ def test_the_first_within_the_bound_is_taken_and_the_tries_are_kept():
     errors = [trial.error[256] for trial in choice.trials]
     assert all(error > 0.9 for error in errors[:-1])
     assert errors[-1] <= 0.9 or choice.layer.reason
+
+
+def test_projections_are_fixed_where_that_is_asked():
+    layer = choose(0, "x", seen(), wish(min_length=100, fixed_state=True)).layer
+    assert {name: tuple(x.shape[:2]) for name, x in layer.state.items()} == dict.fromkeys(
+        ("features", "query_features", "value_features"), (2, 8)
+    )
+    assert choose(0, "x", seen(), wish(min_length=100)).layer.state is None
 
 
 def test_the_worst_head_counts():

@@ -144,6 +144,40 @@ def test_a_causal_model_is_patched_too(cli, models, data, tmp_path):
     assert answer["calls"]["approximate"] > 0
 
 
+def test_generation_with_a_bound_of_0_is_that_of_the_exact_model(cli, models, data, tmp_path):
+    arguments = [
+        "--data",
+        data("plain"),
+        "--lengths",
+        "64",
+        "--max-error",
+        "0",
+        *QUICK,
+        "--json",
+        "-o",
+        tmp_path / "out",
+    ]
+    outcome = cli("patch-attention", models("llama"), *arguments)
+    assert outcome.code == 0, outcome.err
+    assert {layer["reason"] for layer in outcome.answer["layers"]} == {"no error is allowed"}
+    exact = transformers.AutoModelForCausalLM.from_pretrained(models("llama"))
+    patched = kdtool.load(tmp_path / "out")
+    prompt = torch.randint(4, 20, (2, 64), generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": prompt, "attention_mask": (torch.arange(64) >= torch.tensor([[0], [9]])).long()}
+    wanted, found = (
+        model.generate(**inputs, max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=None)
+        for model in (exact, patched)
+    )
+    assert found.equal(wanted)
+
+
+def test_fixed_projections_are_for_operators_that_have_them(cli, model, rows, tmp_path):
+    arguments = ["--data", rows, "--method", "hyper", "--set", "patch.fixed=true", "-o", tmp_path / "out"]
+    outcome = cli("patch-attention", model, *arguments)
+    assert outcome.code == 2
+    assert "patch.fixed does not apply to hyper" in outcome.problem
+
+
 def test_an_image_model_that_reads_few_patches_stays_exact(cli, models, data, tmp_path):
     values = ["--set", "method.leaf=1", "--set", "method.min_length=64"]
     arguments = ["--data", data("images"), "--lengths", "64", *values, *QUICK, "--json", "-o", tmp_path / "out"]

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from kdtool.config import AugmentSection, load_config
 from kdtool.data.examples import Examples
-from kdtool.errors import DataProblem, ModelProblem
+from kdtool.errors import ConfigProblem, DataProblem, ModelProblem
 from kdtool.pipelines.distill import distill, get_ready
 from kdtool.pipelines.setup import make_run, pick_task
 from kdtool.run import Run, Silent
@@ -151,3 +152,20 @@ def test_training_sees_new_masks_in_each_epoch(models, data, tmp_path):
     rows = range(8)
     first, second = (ready.views.batch(ready.views.numbers(rows, epoch), "cpu")["input_ids"] for epoch in (0, 1))
     assert not torch.equal(first, second)
+
+
+def test_a_teacher_cache_holds_views_of_masks_and_knows_them(models, data, tmp_path):
+    settings = {"train.max_steps": 10, "augment.views": 2, "train.teacher_cache": False}
+    distill(load_config("distill", None, [], options_of(models, data, tmp_path / "asked", **settings)))
+    settings |= {"train.teacher_cache": True, "train.teacher_cache_dir": str(tmp_path / "cache")}
+    for name in ("cold", "warm"):
+        distill(load_config("distill", None, [], options_of(models, data, tmp_path / name, **settings)))
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("asked", "cold", "warm")]
+    for key, value in weights[0].items():
+        # biases of keys have no gradient but rounding, which AdamW blows up; ten steps move others by 5e-3
+        torch.testing.assert_close(weights[1][key], value, rtol=1e-3, atol=5e-4)
+        assert torch.equal(weights[1][key], weights[2][key])
+    for other in ({"augment.seed": 1}, {"data.mask_share": 0.3}):
+        with pytest.raises(ConfigProblem, match="made for another run") as caught:
+            distill(load_config("distill", None, [], options_of(models, data, tmp_path / "other", **settings | other)))
+        assert "views" in caught.value.why

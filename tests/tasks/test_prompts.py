@@ -182,6 +182,7 @@ def test_every_answer_of_a_template_counts_up_to_its_end(ready):
     ask = "[CLS] [UNK]"
     assert whole == (f"{ask} the film [SEP] a {ask} was great [SEP] a {ask} the book [SEP] a {ask} was dull [SEP]")
     assert counted == "was great [SEP] was dull [SEP]"
+    assert encoded.columns["reference"] == ["was great"]
 
 
 def test_prompts_go_through_the_template_on_request(ready):
@@ -201,6 +202,7 @@ def test_a_template_that_rewrites_earlier_answers_leaves_the_last_to_learn(ready
     )
     encoded = encode(Examples({"messages": [talk("the film", "was great", "the book", "was dull")]}))
     assert parts(loaded.processor, encoded[0]) == ("the film here the book was dull [SEP]", "was dull [SEP]")
+    assert encoded.columns["reference"] == ["was dull"], "what the prompt asks for"
     loaded.processor.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(DataProblem, match="does not take conversation 1") as caught:
         encode(Examples({"messages": [talk("a", "b")]}))

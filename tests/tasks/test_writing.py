@@ -105,6 +105,11 @@ def test_agreement_is_that_of_the_tokens_ranked_first(kit, models, tmp_path):
     assert "agreement" not in result.proof.teacher.metrics
 
 
+def test_graphs_cannot_write(kit):
+    with pytest.raises(UsageProblem, match="exported graph does not"):
+        write(torch.nn.Linear(1, 1), kit.teacher.processor, prompts_of(kit), Writing(6), 4, Run())
+
+
 @pytest.mark.parametrize(
     ("source", "overrides", "message"),
     [
