@@ -85,7 +85,7 @@ class Toy:
         rows: Training rows; the law of the text is the same for all seeds.
     """
 
-    def __init__(self, seed: int, hidden: int = 48, symbols: int = 24, length: int = 24, rows: int = 4096) -> None:
+    def __init__(self, seed: int, hidden: int = 48, symbols: int = 12, length: int = 24, rows: int = 4096) -> None:
         self.seed, self.hidden, self.task = seed, hidden, MarkovTask(symbols)
         self.shape = {"vocab_size": symbols + 1, "max_position_embeddings": length}
         self.rows = text(rows, length, symbols, 1000 + seed)
@@ -151,7 +151,8 @@ class Toy:
         """
         seed_everything(self.seed)
         teacher = self.fit(self.bert(self.hidden), teacher_steps, 3e-3)
-        method = self.inherit(teacher, wid.Config(self.hidden // 2, steps=steps, interval=interval, weights_lr=3e-4))
+        half = wid.Config(self.hidden // 2, steps=steps, interval=interval, lr=1e-3, weights_lr=3e-4, penalty=20.0)
+        method = self.inherit(teacher, half)
         anatomy, student, cut = method.anatomy, self.bert(self.hidden // 2), self.bert(self.hidden // 2)
         student.load_state_dict(method.inherited())
         identity = {name: torch.eye(len(p)) for name, p in merging.compactors_of(method.student, anatomy).items()}

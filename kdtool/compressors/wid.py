@@ -5,7 +5,8 @@ smaller or fewer heads, fewer feed-forward neurons. The result is an ordinary, s
 """
 
 import copy
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -29,6 +30,8 @@ tasks = frozenset({"masked-lm", "text-classification", "image-classification"})
 needs = "an encoder"
 
 _PUBLISHED_INTERVAL = 500
+_RATE = 0.04
+"""Learning rate times width: a step moves the outputs of a wide map more than those of a narrow one."""
 _SHARE = 4
 """The schedule ends in the first of so many parts of the run, where no interval is given."""
 _INEXACT = 1e-3
@@ -45,16 +48,16 @@ class Config:
     """Hidden size to reach; the feed-forward width shrinks by the same share."""
     strategy: Literal["dim", "head"] = "dim"
     """Make every attention head smaller (dim), or drop whole heads (head)."""
-    steps: Annotated[int, Field(gt=0)] = 2000
+    steps: Annotated[int, Field(gt=0)] = 10000
     """Optimiser steps (paper: 400,000, on a corpus)."""
-    lr: Annotated[float, Field(gt=0)] = 1e-3
-    """Peak learning rate of the compactors (paper, over its many steps: 5e-5); more than 1e-3 is unstable."""
-    weights_lr: Annotated[float, Field(gt=0)] = 1e-4
-    """Peak learning rate of the model's own weights (paper: 1e-6)."""
+    lr: Annotated[float, Field(gt=0)] | None = None
+    """Peak learning rate of the compactors (default: by width and length; 5e-5 in the paper's long run at 768)."""
+    weights_lr: Annotated[float, Field(gt=0)] | None = None
+    """Peak learning rate of the model's own weights (default: a fifth of that; paper: a fiftieth)."""
     interval: Annotated[int, Field(gt=0)] | None = None
     """Steps between two choices of what to drop (paper: 500; default: so that a quarter of the steps are enough)."""
     penalty: Annotated[float, Field(gt=0)] = 20.0
-    """Lambda: how hard dropped entries are pulled towards zero."""
+    """Lambda: how hard dropped entries are pulled towards zero; many times the default makes small ones swing."""
     freeze: bool = False
     """Choose no more once the schedule has ended; the paper goes on choosing."""
 
@@ -88,6 +91,21 @@ def _check_shape(loaded: Loaded, config: Config, anatomy: Anatomy) -> None:
             why="they shrink by the same share",
             hint="choose another multiple",
         )
+
+
+def settled(config: Config, anatomy: Anatomy, warmup: float) -> Config:
+    """Learning rates where they were left open.
+
+    There is no bias correction, so step t is 1 / sqrt(1 - 0.999^t) times as long as lr says, and the longest step of
+    a short run comes at the end of its warm-up: the default makes up for it.
+
+    Args:
+        config: As given.
+        anatomy: Of the model.
+        warmup: Share of the steps with rising learning rate.
+    """
+    lr = config.lr or _RATE / anatomy.hidden * math.sqrt(1 - 0.999 ** max(1.0, warmup * config.steps))
+    return replace(config, lr=lr, weights_lr=config.weights_lr or lr / 5)
 
 
 def goal_of(config: Config, anatomy: Anatomy) -> Goal:
@@ -197,6 +215,7 @@ def compress(loaded: Loaded, config: Config, context: Context) -> Loaded:
         raise UsageProblem("wid has an AdamW of its own", hint="leave out train.optimizer")
     anatomy = anatomy_of(loaded.model)
     _check_shape(loaded, config, anatomy)
+    config = settled(config, anatomy, context.train.warmup)
     goal, source = goal_of(config, anatomy), untied(loaded, anatomy)
     method = Inheritance(goal, source, anatomy, context.task)
     _check_fit(method, source, config)
@@ -223,6 +242,8 @@ def compress(loaded: Loaded, config: Config, context: Context) -> Loaded:
         "shapes": _shapes(config, anatomy),
         "steps": history.steps,
         "interval": goal.interval,
+        "lr": config.lr,
+        "weights_lr": config.weights_lr,
         "loss": history.rows[-1]["loss"],
         "largest_dropped_norm": norm,
         **exact,
