@@ -71,7 +71,8 @@ def test_it_leaves_a_documented_model(patched, model):
     assert "patched model | exact model" in report
     assert (folder / "plots" / "attention.png").is_file()
     assert "kdtool.load" in (folder / "README.md").read_text()
-    assert json.loads((folder / "kdtool.json").read_text())["layers"][0]["settings"] == {"leaf": 1, "near": 0, "block": 256}
+    settings = json.loads((folder / "kdtool.json").read_text())["layers"][0]["settings"]
+    assert settings == {"leaf": 1, "near": 0, "block": 256}
     said = json.loads((folder / "config.json").read_text())["kde_attention"]
     assert len(said["layers"]) == 2
     assert len(patching.layers_of(kdtool.load(folder))) == 2
