@@ -22,7 +22,7 @@ Teacher = tuple[Tensor, Head] | Tensor | TopK
 _LOGITS = {"cpu": 10 * 2**20}
 """Most logits of one model in a chunk: on a CPU 40 MiB, elsewhere enough to keep the device busy."""
 _MANY = 2**26
-_ROWS = {"cpu": 192}
+_ROWS = {"cpu": 176}
 """Most tokens in a chunk: on a CPU as many as bring matrix products to their speed."""
 _IN_CACHE = 2**17
 """Logits that a CPU goes over several times at once, so that they stay in its cache."""
