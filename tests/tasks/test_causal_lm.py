@@ -83,7 +83,14 @@ def test_other_tokenizers_are_refused(ready, opened, config, tmp_path):
     teacher.processor = transformers.AutoTokenizer.from_pretrained(tmp_path)
     rows = Examples({"text": TEXTS})
     with pytest.raises(DataProblem, match="different tokenizers"):
-        encode(task, DataSplits(rows, None, rows, None, {}), student, teacher, config("data.max_length=8"), Run())
+        encode(
+            task,
+            DataSplits(rows, None, rows, None, {}),
+            student,
+            teacher,
+            config("data.max_length=8", "method.name=kd"),
+            Run(),
+        )
 
 
 def test_example_inputs_have_no_labels(ready):
