@@ -83,7 +83,7 @@ def prepared(method: Method, task: Task, data: DataSplits, config: RunConfig, ru
 
 
 def _renew(folder: Path, config: RunConfig, data: DataSplits) -> None:
-    """Throw away what an earlier session made of other data or another teacher of the same name."""
+    """Throw away what an earlier run made of other data or another teacher of the same name."""
     named = [config.teacher.model, *config.method_values.values()]
     paths = [Path(name).expanduser() for name in named if isinstance(name, str)]
     files = {str(path): file_sha256(path) for path in paths if path.is_file()}
