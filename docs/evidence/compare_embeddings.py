@@ -52,15 +52,11 @@ def main(folder: Path, documents: Path, lengths: list[int], count: int, settings
     for length in lengths:
         made = [tokenizer(text, truncation=True, max_length=length, return_tensors="pt")["input_ids"] for text in texts]
         made = [ids for ids in made if ids.shape[1] == length]
-        truths = [embedding(exact, ids) for ids in made]
-        slow = min(seconds for _, seconds in truths)
-        for body, said in zip(others, settings, strict=True):
-            found = [embedding(body, ids) for ids in made]
-            cosines = [
-                float(functional.cosine_similarity(near, truth))
-                for (near, _), (truth, _) in zip(found, truths, strict=True)
-            ]
-            fast = min(seconds for _, seconds in found)
+        turns = [[embedding(body, ids) for body in (exact, *others)] for ids in made]
+        slow = min(turn[0][1] for turn in turns)
+        for place, said in enumerate(settings, 1):
+            cosines = [float(functional.cosine_similarity(turn[place][0], turn[0][0])) for turn in turns]
+            fast = min(turn[place][1] for turn in turns)
             print(
                 f"| {length} | {len(made)} | {said} | {sum(cosines) / len(cosines):.4f} | {min(cosines):.4f} "
                 f"| {slow:.2f} s | {fast:.2f} s | {slow / fast:.2f}x |",
