@@ -125,7 +125,11 @@ def compare(
     right = None
     if teacher is not None:
         rows, view = (data, 0) if teacher_data is None else (teacher_data, None)
+        if teacher_data is not None:
+            task.remember(teacher, config)  # what it writes is read with its own tokenizer
         right, beside = measure(task, teacher, rows, config, run, view, validation)
+        if teacher_data is not None:
+            task.remember(student, config)
         if teacher_data is None or task.classifies:  # else their tokens are not the same
             agree(left, seen, beside, config.eval.metrics or task.metrics)
     proof = Proof(left, right)

@@ -112,6 +112,9 @@ class Task:
         """What makes the inputs, learnt from raw training rows; None for tasks whose models bring it along."""
         return None
 
+    def remember(self, loaded: Loaded, config: RunConfig) -> None:
+        """Be ready for rows in the tokens of a model; `encode` calls it. Nothing for tasks that read no tokens back."""
+
     def model_values(self, processor: Any) -> dict[str, Any]:
         """What a processor says of a model's configuration, such as the number of inputs."""
         return {}

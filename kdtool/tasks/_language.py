@@ -60,7 +60,7 @@ class LanguageTask(_base.Task):
         raise NotImplementedError
 
     def remember(self, loaded: Loaded, config: RunConfig) -> None:
-        """Keep what evaluation needs of tokenizer and settings; called by `encode`."""
+        """Keep what evaluation needs of tokenizer and settings."""
         self.tokenizer, self.answers = loaded.processor, config.eval.answers
         self.others: dict[int, Any] = {}
         self.padding = padding_id(loaded.processor)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import kdtool
 from kdtool import lazy
 from kdtool.compressors import layers
+from tests import tiny
 from tests.pipelines.conftest import QUICK, start, wait
 
 
@@ -146,6 +147,17 @@ def test_a_vocabulary_that_lost_only_unused_tokens_scores_the_same(cli, models, 
     assert done.code == 0, done.err
     assert done.answer["stages"][0]["relative_error"] < 1e-6
     assert done.answer["metrics"]["student"].keys() == done.answer["metrics"]["teacher"].keys()
+
+
+def test_each_model_writes_and_is_read_with_its_own_tokens(cli, models, tmp_path):
+    rows = tiny.prompt_data(tmp_path / "rows")
+    metrics = ["--metrics", "loss,chrf", "--set", "eval.max_new_tokens=6", "--offline", "--json", *QUICK]
+    done = cli("compress", models("llama"), "--method", "vocab", "-d", rows, "-o", tmp_path / "o", *metrics)
+    assert done.code == 0, done.err
+    for side, model in (("teacher", models("llama")), ("student", tmp_path / "o")):
+        alone = cli("evaluate", model, "-d", rows, *metrics)
+        assert alone.code == 0, alone.err
+        assert done.answer["metrics"][side] == pytest.approx(alone.answer["metrics"]["student"]), side
 
 
 SHARDS = ["--set", "output.max_shard_size=8KB", "--set", "runtime.stream=always"]
