@@ -159,4 +159,5 @@ def test_two_processes_solve_one_problem(tmp_path):
     assert len(one) == len(two) == 2 * math.ceil(17 / 8)
     for left, right in zip(one, two, strict=True):
         assert right["loss"] == pytest.approx(left["loss"], rel=1e-5)
-        assert right["parts"]["sinkhorn"] == pytest.approx(left["parts"]["sinkhorn"], rel=1e-4)
+        # a sum of differences of probabilities: where these are all small, rounding is that of the probabilities
+        assert right["parts"]["sinkhorn"] == pytest.approx(left["parts"]["sinkhorn"], rel=1e-5, abs=1e-6)
