@@ -16,7 +16,7 @@ from typing import Any
 
 os.environ |= {"COLUMNS": "100", "NO_COLOR": "1"}  # help pages wrap at the width of the terminal
 
-from kdtool import config
+from kdtool import sections
 from kdtool.cli import app
 from kdtool.registry import ATTENTION, COMPRESSORS, METHODS, Registry
 
@@ -34,7 +34,7 @@ def help_text(*words: str) -> str:
 
 def _descriptions() -> dict[str, dict[str, tuple[str, str]]]:
     """Section class to key to type and description, from the strings after the fields."""
-    tree = ast.parse(Path(config.__file__).read_text(encoding="utf-8"))
+    tree = ast.parse(Path(sections.__file__).read_text(encoding="utf-8"))
     found: dict[str, dict[str, tuple[str, str]]] = {}
     for node in tree.body:
         if not isinstance(node, ast.ClassDef):
@@ -74,9 +74,9 @@ def configuration() -> str:
     """A table for each section of the configuration."""
     described = _descriptions()
     lines: list[str] = []
-    for name, field in config.RunConfig.model_fields.items():
+    for name, field in sections.RunConfig.model_fields.items():
         section = field.annotation
-        if not (isinstance(section, type) and issubclass(section, config.Section)):
+        if not (isinstance(section, type) and issubclass(section, sections.Section)):
             continue
         lines += [f"## {name}", "", (section.__doc__ or "").strip(), "", "| key | default | values | meaning |"]
         lines.append("|---|---|---|---|")

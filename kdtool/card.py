@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kdtool.config import RunConfig
 from kdtool.errors import UsageProblem
 from kdtool.hub import ModelRef
 from kdtool.proof import Proof, Side, table_of
 from kdtool.registry import TASKS
+from kdtool.sections import RunConfig
 from kdtool.writing import typed, write_text
 
 _PIPELINE_TAG = {

@@ -14,10 +14,10 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import nn
 
-from kdtool.config import StudentSection
 from kdtool.errors import ConfigProblem, UsageProblem
 from kdtool.models import Loaded
 from kdtool.run import Run
+from kdtool.sections import StudentSection
 
 ADAPTER = "adapter"
 """Folder of the output that holds the additions by themselves."""

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from kdtool.config import OutputSection
 from kdtool.models import Loaded
 from kdtool.patching.saving import write_state
+from kdtool.sections import OutputSection
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

@@ -29,7 +29,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdtool.config import AugmentSection
 from kdtool.data.batching import ordered_batches
 from kdtool.data.examples import Examples
 from kdtool.divergences import TopK, likeliest
@@ -37,6 +36,7 @@ from kdtool.errors import ConfigProblem, OutputProblem, UsageProblem
 from kdtool.mapped import Shapes, Shards, create, is_whole, mapped
 from kdtool.models import Loaded, weights_hash
 from kdtool.run import Run
+from kdtool.sections import AugmentSection
 from kdtool.tasks._base import LABELS, Batch, Task, view_of
 from kdtool.tasks._views import Views, collated
 from kdtool.writing import write_text

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from kdtool.config import RunConfig, load_config
+from kdtool.config import load_config
 from kdtool.data.examples import Examples
 from kdtool.models import Loaded, load_model
 from kdtool.pipelines.setup import encode, get_data, load_processor
 from kdtool.registry import METHODS, TASKS
 from kdtool.run import Run
+from kdtool.sections import RunConfig
 from kdtool.tasks._base import ROWS, Batch, Task
 
 PARTS = {

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from kdtool.config import OutputSection
 from kdtool.models import load_model
 from kdtool.pipelines.setup import load_processor
 from kdtool.registry import TASKS
 from kdtool.run import Run
 from kdtool.saving import save_model
+from kdtool.sections import OutputSection
 
 
 def main(reference: str, positions: int, folder: Path) -> None:

@@ -22,12 +22,12 @@ from kdtool.compressors import _wid_merge as merging
 from kdtool.compressors import wid
 from kdtool.compressors._wid_anatomy import anatomy_of
 from kdtool.compressors._wid_method import Inheritance
-from kdtool.config import TrainSection
 from kdtool.data.examples import Examples
 from kdtool.divergences import cross_entropy
 from kdtool.methods import none
 from kdtool.models import Loaded
 from kdtool.run import Run
+from kdtool.sections import TrainSection
 from kdtool.tasks._base import Batch, Outputs, Task
 from kdtool.train.loop import Trainer
 from kdtool.train.state import seed_everything

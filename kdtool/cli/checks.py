@@ -5,10 +5,11 @@ import re
 from pathlib import Path
 
 from kdtool import benchmarks
-from kdtool.config import RunConfig, before_recovery, stages
+from kdtool.config import before_recovery, stages
 from kdtool.errors import OutputProblem, UsageProblem, nearest
 from kdtool.gates import parse_budget, parse_drops, parse_gates
 from kdtool.registry import ATTENTION, COMPRESSORS, EXPORTERS, METHODS, TASKS, check_fit
+from kdtool.sections import RunConfig
 
 MARKER = ".kdtool/run.json"
 """File by which an output folder is known to hold an unfinished run; the pipeline decides whether it is this one."""

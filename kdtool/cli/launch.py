@@ -16,7 +16,7 @@ from kdtool.cli.session import Session
 from kdtool.errors import QualityProblem, UsageProblem
 
 if TYPE_CHECKING:
-    from kdtool.config import Command, RunConfig
+    from kdtool.sections import Command, RunConfig
 
 
 def start(command: "Command", values: Mapping[str, Any]) -> None:

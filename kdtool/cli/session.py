@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from kdtool.cli.console import Console, Mode
 
 if TYPE_CHECKING:
-    from kdtool.config import RunConfig
+    from kdtool.sections import RunConfig
 
 _FALSE = {"", "0", "false", "no", "off", "n", "f"}
 

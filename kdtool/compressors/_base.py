@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from kdtool.config import TrainSection
 from kdtool.data.examples import Examples
 from kdtool.derive import depth_of
 from kdtool.errors import ModelProblem
@@ -37,6 +36,7 @@ from kdtool.lazy import State, held
 from kdtool.modeling.compressed import KINDS, CompressedConfig, CompressedModel, compressed_config, make_compressed
 from kdtool.models import Loaded
 from kdtool.run import Run
+from kdtool.sections import TrainSection
 from kdtool.tasks._base import Batch, Task
 from kdtool.tasks._views import Views
 

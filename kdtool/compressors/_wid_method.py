@@ -17,10 +17,10 @@ from kdtool.compressors._wid_schedule import (
     keep_smallest_out,
 )
 from kdtool.compressors._wid_step import PenalisedAdamW
-from kdtool.config import TrainSection
 from kdtool.divergences import cross_entropy
 from kdtool.methods import _base
 from kdtool.models import Loaded
+from kdtool.sections import TrainSection
 from kdtool.tasks._base import Batch, Task
 
 

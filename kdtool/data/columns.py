@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 
 import pyarrow as pa
 
-from kdtool.config import DataSection
 from kdtool.errors import DataProblem, nearest
+from kdtool.sections import DataSection
 
 # A role of many columns, `features`, is filled in kdtool.data.table.
 ROLES = ("text", "text_pair", "prompt", "input", "response", "messages", "label", "image", "audio")

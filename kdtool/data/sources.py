@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from kdtool.config import DataSection
 from kdtool.data.chats import conversations
 from kdtool.data.classes import check_names, check_variety, class_ids, derive_names, label_values
 from kdtool.data.columns import column_kinds, pick_layout, resolve_roles
@@ -19,6 +18,7 @@ from kdtool.data.splits import SplitPlan, choose, hold_out, plan_splits
 from kdtool.data.table import FEATURES, FeatureRows, feature_names
 from kdtool.errors import DataProblem, UsageProblem, nearest
 from kdtool.run import Run
+from kdtool.sections import DataSection
 
 
 def load_data(

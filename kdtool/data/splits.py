@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kdtool.config import DataSection
 from kdtool.data.layout import TEST_NAMES, TRAIN_NAMES, VALIDATION_NAMES
 from kdtool.errors import DataProblem, nearest
+from kdtool.sections import DataSection
 
 _HOLDOUT, _LIMIT, _TEST_LIMIT = 101, 102, 103  # one random stream each, so that one choice does not move another
 

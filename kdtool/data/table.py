@@ -7,9 +7,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kdtool.config import DataSection
 from kdtool.data.examples import LazyColumn
 from kdtool.errors import DataProblem, nearest
+from kdtool.sections import DataSection
 
 FEATURES = "features"
 """Role of all columns that a model of tables sees."""

@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from kdtool.config import RunConfig
 from kdtool.errors import QualityProblem, UsageProblem
 from kdtool.exporters import _adapter, _graph, _optimum
 from kdtool.exporters._base import ExportReport, judge, save_parts, source_outputs
@@ -20,6 +19,7 @@ from kdtool.models import Loaded
 from kdtool.patching.fixed import check_exportable
 from kdtool.run import Run
 from kdtool.runtime_onnx import GRAPH, OnnxModel, need
+from kdtool.sections import RunConfig
 from kdtool.tasks._base import Batch, Task
 
 

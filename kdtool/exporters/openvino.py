@@ -13,7 +13,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from kdtool.config import RunConfig
 from kdtool.errors import UsageProblem
 from kdtool.exporters import _adapter
 from kdtool.exporters._base import ExportReport, graph_inputs, judge, save_parts, source_outputs
@@ -21,6 +20,7 @@ from kdtool.models import Loaded
 from kdtool.patching.fixed import patched_layers
 from kdtool.run import Run
 from kdtool.runtime_onnx import need
+from kdtool.sections import RunConfig
 from kdtool.tasks._base import Batch, Task
 
 GRAPH = "openvino_model.xml"

@@ -13,11 +13,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from kdtool.config import RunConfig
 from kdtool.exporters._base import ExportReport
 from kdtool.models import Loaded
 from kdtool.run import Run
 from kdtool.saving import save_model, stored_dtype
+from kdtool.sections import RunConfig
 from kdtool.tasks._base import Batch, Task
 from kdtool.verify import outputs, reload_check
 

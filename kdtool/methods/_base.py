@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from kdtool.authors import Author
-from kdtool.config import RunConfig, TrainSection
 from kdtool.data.examples import DataSplits, Examples
 from kdtool.divergences import Teacher as Told
 from kdtool.models import Loaded
 from kdtool.run import Run
+from kdtool.sections import RunConfig, TrainSection
 from kdtool.tasks._base import VIEW, Batch, Outputs, Task, view_of
 from kdtool.teacher_cache import TeacherCache
 from kdtool.train.optim import build_optimizer

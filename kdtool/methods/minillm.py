@@ -18,7 +18,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from kdtool.config import RunConfig
 from kdtool.data.examples import Examples
 from kdtool.data.sources import load_data
 from kdtool.divergences import head_of
@@ -28,6 +27,7 @@ from kdtool.methods._policy import log_probs, pieces
 from kdtool.methods._sequences import Text
 from kdtool.models import Loaded
 from kdtool.run import Run
+from kdtool.sections import RunConfig
 from kdtool.tasks._base import LABELS, ROWS, Batch, Task
 from kdtool.tasks._language import IGNORED
 

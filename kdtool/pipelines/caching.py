@@ -4,11 +4,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from kdtool.config import RunConfig
 from kdtool.errors import ConfigProblem, UsageProblem
 from kdtool.models import Loaded
 from kdtool.pipelines import setup
 from kdtool.run import Run
+from kdtool.sections import RunConfig
 from kdtool.teacher_cache import (
     Kept,
     TeacherCache,

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kdtool.config import RunConfig, check_plugin_values
+from kdtool.config import check_plugin_values
 from kdtool.errors import UsageProblem
 from kdtool.gates import higher_is_better
 from kdtool.pipelines.distill import distill
@@ -19,6 +19,7 @@ from kdtool.proof import Result, Table, number
 from kdtool.registry import METHODS
 from kdtool.report import draw_comparison, markdown_table
 from kdtool.run import Run
+from kdtool.sections import RunConfig
 from kdtool.writing import write_text
 
 

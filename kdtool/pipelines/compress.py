@@ -9,7 +9,7 @@ from typing import Any
 
 from kdtool.card import write_card
 from kdtool.compressors._base import Context
-from kdtool.config import RunConfig, before_recovery, stages
+from kdtool.config import before_recovery, stages
 from kdtool.data.examples import DataSplits, Examples
 from kdtool.errors import QualityProblem, UsageProblem
 from kdtool.models import Loaded, load, load_model
@@ -31,6 +31,7 @@ from kdtool.report._frontier import frontier_section
 from kdtool.report._markdown import markdown_table
 from kdtool.run import Run
 from kdtool.saving import save_model
+from kdtool.sections import RunConfig
 from kdtool.tasks._base import Batch, Task
 from kdtool.train.loop import History
 from kdtool.verify import reload_check

@@ -10,7 +10,6 @@ from typing import Any
 
 from kdtool import lora
 from kdtool.card import write_card
-from kdtool.config import RunConfig
 from kdtool.data.examples import DataSplits, Examples
 from kdtool.errors import DataProblem, QualityProblem, UsageProblem
 from kdtool.methods._base import Method
@@ -29,6 +28,7 @@ from kdtool.registry import METHODS, check_fit
 from kdtool.report import write_manifest, write_report
 from kdtool.run import Run
 from kdtool.saving import save_model
+from kdtool.sections import RunConfig
 from kdtool.tasks._base import TEACHER_PREFIX, Task
 from kdtool.tasks._views import PIXELS, ImageViews, Views
 from kdtool.train import parallel

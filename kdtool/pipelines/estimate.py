@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from kdtool.config import RunConfig
 from kdtool.data.examples import Examples
 from kdtool.registry import METHODS, TASKS
 from kdtool.run import Run
+from kdtool.sections import RunConfig
 from kdtool.tasks._base import Task
 
 _VALUES_PER_LAYER = 17

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kdtool.config import RunConfig
 from kdtool.errors import UsageProblem
 from kdtool.pipelines import lengths, setup
 from kdtool.pipelines.harness import is_harness, score
@@ -16,6 +15,7 @@ from kdtool.proof import Proof, Result
 from kdtool.report import write_report
 from kdtool.run import Run
 from kdtool.runtime_onnx import load_for_scoring
+from kdtool.sections import RunConfig
 
 
 def evaluate(config: RunConfig, run: Run | None = None) -> Result:

@@ -4,7 +4,6 @@ import time
 from pathlib import Path
 
 from kdtool.card import write_card
-from kdtool.config import RunConfig
 from kdtool.errors import QualityProblem, UsageProblem
 from kdtool.exporters._base import ExportReport
 from kdtool.models import Loaded, load_model
@@ -19,6 +18,7 @@ from kdtool.proof import Proof, Result, Side
 from kdtool.registry import EXPORTERS
 from kdtool.report import write_manifest, write_report
 from kdtool.run import Run
+from kdtool.sections import RunConfig
 from kdtool.tasks._base import Task
 from kdtool.tasks._text import positions
 

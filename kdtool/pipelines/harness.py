@@ -12,13 +12,13 @@ from typing import Any
 
 from kdtool import gates
 from kdtool.benchmarks import HARNESS
-from kdtool.config import RunConfig
 from kdtool.errors import DataProblem, UsageProblem, nearest
 from kdtool.models import Loaded, load_model
 from kdtool.pipelines import setup
 from kdtool.pipelines.prove import model_bytes
 from kdtool.proof import Proof, Side, retention
 from kdtool.run import Run
+from kdtool.sections import RunConfig
 
 _RESAMPLES = 1000
 _CODE = "!function"

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from kdtool import patching
-from kdtool.config import RunConfig
 from kdtool.data.examples import Examples
 from kdtool.errors import UsageProblem
 from kdtool.models import Loaded
 from kdtool.proof import Proof
 from kdtool.run import Run
 from kdtool.runtime_onnx import OnnxModel
+from kdtool.sections import RunConfig
 from kdtool.tasks._base import TEACHER_PREFIX, Batch, Task, to_device
 from kdtool.tasks._text import positions
 from kdtool.verify import latency, outputs

@@ -3,12 +3,12 @@
 import importlib.util
 
 from kdtool import gates
-from kdtool.config import RunConfig
 from kdtool.data.examples import DataSplits
 from kdtool.errors import UsageProblem, nearest
 from kdtool.metrics import compared
 from kdtool.metrics.exact_answer import RULES
 from kdtool.registry import METRICS
+from kdtool.sections import RunConfig
 from kdtool.tasks._base import Task
 
 

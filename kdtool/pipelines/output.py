@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from kdtool.config import RunConfig
 from kdtool.errors import OutputProblem, UsageProblem
+from kdtool.sections import RunConfig
 from kdtool.train.checkpoint import sync
 
 WORK = ".kdtool"

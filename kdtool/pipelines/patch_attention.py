@@ -11,7 +11,6 @@ import torch
 
 from kdtool import gates, patching
 from kdtool.card import write_card
-from kdtool.config import RunConfig
 from kdtool.data.examples import DataSplits, Examples
 from kdtool.errors import DataProblem, QualityProblem, UsageProblem
 from kdtool.models import Loaded, load, load_model
@@ -30,6 +29,7 @@ from kdtool.report import write_manifest, write_report
 from kdtool.report._attention import attention_rows, attention_section
 from kdtool.run import Run
 from kdtool.saving import save_model
+from kdtool.sections import RunConfig
 from kdtool.tasks._base import Batch, Task, to_device
 from kdtool.tasks._text import longest
 from kdtool.verify import reload_check

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 
-from kdtool.config import RunConfig, stages
+from kdtool.config import stages
 from kdtool.derive import depth_of, layer_indices
 from kdtool.hub import ModelRef, fetch_config
 from kdtool.modeling.compressed import weights_of
@@ -22,6 +22,7 @@ from kdtool.pipelines.prepare import check_teacher
 from kdtool.pipelines.push import check_push
 from kdtool.registry import METHODS
 from kdtool.run import Run
+from kdtool.sections import RunConfig
 from kdtool.tasks._base import Task
 
 

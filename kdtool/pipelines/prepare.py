@@ -8,7 +8,6 @@ from functools import cache
 from pathlib import Path
 
 from kdtool.authors import Author, EndpointAuthor, LocalAuthor
-from kdtool.config import OutputSection, RunConfig, TrainSection
 from kdtool.data.examples import DataSplits, Examples
 from kdtool.data.readers import file_sha256
 from kdtool.endpoint import EndpointRef
@@ -19,6 +18,7 @@ from kdtool.pipelines import setup
 from kdtool.registry import METHODS
 from kdtool.run import Run
 from kdtool.saving import save_model
+from kdtool.sections import OutputSection, RunConfig, TrainSection
 from kdtool.tasks._base import Task
 from kdtool.tasks._language import LanguageTask
 from kdtool.train import parallel

@@ -5,12 +5,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdtool.config import RunConfig
 from kdtool.data.examples import Examples
 from kdtool.models import Loaded
 from kdtool.pipelines.lengths import sequence
 from kdtool.pipelines.setup import get_data
 from kdtool.run import Run
+from kdtool.sections import RunConfig
 from kdtool.tasks._base import Batch, Task
 
 _ROWS = 4

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 
 from kdtool import gates
-from kdtool.config import RunConfig
 from kdtool.data.examples import Examples
 from kdtool.metrics import agreement, fit_temperature, reliability_bins, score
 from kdtool.models import Loaded
 from kdtool.proof import Proof, Side, retention
 from kdtool.run import Run
+from kdtool.sections import RunConfig
 from kdtool.tasks._base import Evaluation, Task
 from kdtool.verify import latency
 

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from kdtool.config import RunConfig
 from kdtool.proof import Proof
 from kdtool.publish import check_write_access, publish
 from kdtool.run import Run
+from kdtool.sections import RunConfig
 
 
 def check_push(config: RunConfig, run: Run) -> None:

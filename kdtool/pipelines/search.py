@@ -14,13 +14,14 @@ from typing import Any
 import torch
 
 from kdtool.compressors._base import run_over
-from kdtool.config import RunConfig, stages
+from kdtool.config import stages
 from kdtool.errors import ModelProblem, UsageProblem
 from kdtool.gates import Budget, parse_budget
 from kdtool.pipelines.stages import Standing
 from kdtool.registry import COMPRESSORS
 from kdtool.run import Run
 from kdtool.saving import stored_bytes
+from kdtool.sections import RunConfig
 from kdtool.verify import latency
 
 _BISECTIONS = 5

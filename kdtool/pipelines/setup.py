@@ -12,7 +12,6 @@ import torch
 
 from kdtool import lora
 from kdtool.benchmarks import HARNESS, load_benchmark
-from kdtool.config import RunConfig
 from kdtool.data.examples import DataSplits, Examples
 from kdtool.data.labels import match_labels
 from kdtool.data.sources import load_data
@@ -34,6 +33,7 @@ from kdtool.pipelines.architectures import task_by_optimum
 from kdtool.pipelines.measured import check_responses
 from kdtool.registry import METHODS, TASKS
 from kdtool.run import Reporter, Run, Silent
+from kdtool.sections import RunConfig
 from kdtool.tasks._base import TEACHER_PREFIX, Task
 from kdtool.teacher_cache import read_marks
 from kdtool.train import parallel

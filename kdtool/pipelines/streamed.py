@@ -18,7 +18,7 @@ from kdtool import lazy
 from kdtool.card import write_card
 from kdtool.compressors._base import Context, Made, skeleton
 from kdtool.compressors.vocab import renumber_config
-from kdtool.config import RunConfig, stages
+from kdtool.config import stages
 from kdtool.errors import KdtoolError, UsageProblem
 from kdtool.exporters._base import save_parts
 from kdtool.lazy import State
@@ -31,6 +31,7 @@ from kdtool.registry import COMPRESSORS, check_fit
 from kdtool.report import write_manifest, write_report
 from kdtool.run import Run
 from kdtool.saving import stored_dtype
+from kdtool.sections import RunConfig
 from kdtool.tasks._base import Task
 from kdtool.writing import typed
 

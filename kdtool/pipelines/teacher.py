@@ -14,7 +14,6 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from kdtool.config import OutputSection, RunConfig, TrainSection
 from kdtool.data.batching import ordered_batches
 from kdtool.data.examples import DataSplits, Examples
 from kdtool.errors import DataProblem
@@ -24,6 +23,7 @@ from kdtool.pipelines.setup import encode, is_head_of, load_processor
 from kdtool.registry import METHODS
 from kdtool.run import Run
 from kdtool.saving import save_model
+from kdtool.sections import OutputSection, RunConfig, TrainSection
 from kdtool.tasks._base import Task, to_device
 from kdtool.train import parallel
 from kdtool.train.checkpoint import file_hash

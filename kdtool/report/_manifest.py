@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import kdtool
-from kdtool.config import RunConfig
 from kdtool.proof import Proof
 from kdtool.run import Run
+from kdtool.sections import RunConfig
 from kdtool.writing import as_text, typed, write_text
 
 MANIFEST = "kdtool.json"

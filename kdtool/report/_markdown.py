@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kdtool.config import RunConfig
 from kdtool.proof import Proof, Side, Table, number, table_of
+from kdtool.sections import RunConfig
 from kdtool.writing import write_text
 
 _CALIBRATION = ("ece", "adaptive-ece", "classwise-ece", "mce", "nll", "brier")

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kdtool.config import AugmentSection, RunConfig
 from kdtool.data.examples import Examples
 from kdtool.divergences import Head
 from kdtool.models import Loaded
 from kdtool.run import Run
+from kdtool.sections import AugmentSection, RunConfig
 
 Batch = dict[str, Tensor]
 

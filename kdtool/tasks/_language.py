@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kdtool.config import RunConfig
 from kdtool.data.batching import ordered_batches
 from kdtool.data.examples import Examples
 from kdtool.errors import DataProblem
 from kdtool.metrics import Texts, compared, ratio_and_error, score_texts
 from kdtool.models import Loaded
 from kdtool.run import Run
+from kdtool.sections import RunConfig
 from kdtool.tasks import _base
 from kdtool.tasks._base import LABELS, TEACHER_PREFIX, Batch, Evaluation, to_device
 from kdtool.tasks._prompts import REFERENCE

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from kdtool.config import AugmentSection
 from kdtool.data.examples import Examples
+from kdtool.sections import AugmentSection
 from kdtool.tasks._base import Batch, to_device
 from kdtool.tasks._views import Views, uniforms
 

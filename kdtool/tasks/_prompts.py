@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from kdtool.config import DataSection
 from kdtool.data.chats import ANSWERS, Conversation
 from kdtool.data.examples import Examples
 from kdtool.errors import DataProblem
 from kdtool.run import Run
+from kdtool.sections import DataSection
 
 COUNTED = "counted"
 """Column beside `input_ids`: [tokens] bool, true where a token is to be predicted."""

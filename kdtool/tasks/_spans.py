@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from kdtool.config import DataSection
 from kdtool.data.examples import Examples
 from kdtool.errors import DataProblem
 from kdtool.run import Run
+from kdtool.sections import DataSection
 from kdtool.tasks._base import TEACHER_PREFIX
 from kdtool.tasks._prompts import COUNTED, REFERENCE, Piece, has_prompts, pieces_of
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kdtool.config import AugmentSection
 from kdtool.data.examples import Examples
 from kdtool.errors import UsageProblem
+from kdtool.sections import AugmentSection
 from kdtool.tasks._base import LABELS, Batch, Task, to_device
 
 PIXELS = "pixel_values"

@@ -5,11 +5,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from kdtool.config import RunConfig
 from kdtool.data.examples import Examples
 from kdtool.errors import UsageProblem
 from kdtool.models import Loaded
 from kdtool.run import Run
+from kdtool.sections import RunConfig
 from kdtool.tasks._base import LABELS, Batch
 from kdtool.tasks._classification import ClassificationTask
 

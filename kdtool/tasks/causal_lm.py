@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kdtool.config import RunConfig
 from kdtool.data.examples import Examples
 from kdtool.divergences import head_of
 from kdtool.errors import DataProblem
 from kdtool.models import Loaded
 from kdtool.registry import METHODS
 from kdtool.run import Run
+from kdtool.sections import RunConfig
 from kdtool.tasks._base import LABELS, TEACHER_PREFIX, Batch, Outputs, States
 from kdtool.tasks._heads import body_of, has_plain_head
 from kdtool.tasks._language import IGNORED, LanguageTask

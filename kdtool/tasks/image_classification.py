@@ -6,10 +6,10 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import torch
 
-from kdtool.config import RunConfig
 from kdtool.data.examples import Examples, LazyColumn
 from kdtool.models import Loaded
 from kdtool.run import Run
+from kdtool.sections import RunConfig
 from kdtool.tasks._base import LABELS, Batch
 from kdtool.tasks._classification import ClassificationTask
 

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kdtool.config import AugmentSection, RunConfig
 from kdtool.data.examples import Examples
 from kdtool.errors import DataProblem, ModelProblem
 from kdtool.models import Loaded
 from kdtool.run import Run
+from kdtool.sections import AugmentSection, RunConfig
 from kdtool.tasks._base import LABELS, Batch, Outputs
 from kdtool.tasks._language import IGNORED, LanguageTask
 from kdtool.tasks._masking import MaskedViews, Masks

@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import Tensor, nn
 
-from kdtool.config import RunConfig
 from kdtool.data.examples import Examples
 from kdtool.errors import DataProblem
 from kdtool.models import Loaded
 from kdtool.run import Run
+from kdtool.sections import RunConfig
 from kdtool.tasks._base import LABELS, Batch, Outputs
 from kdtool.tasks._language import IGNORED, LanguageTask
 from kdtool.tasks._prompts import REFERENCE, asked

@@ -6,12 +6,12 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from kdtool.config import RunConfig
 from kdtool.data.examples import Examples
 from kdtool.data.table import FEATURES, FeatureRows
 from kdtool.modeling.tabular_processor import TabularProcessor
 from kdtool.models import Loaded
 from kdtool.run import Run
+from kdtool.sections import RunConfig
 from kdtool.tasks._base import LABELS, Batch
 from kdtool.tasks._classification import ClassificationTask
 

@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdtool.config import TrainSection
 from kdtool.data.batching import epoch_batches
 from kdtool.data.examples import Examples
 from kdtool.errors import Interrupted, TrainingProblem
 from kdtool.run import Run
+from kdtool.sections import TrainSection
 from kdtool.tasks._base import ROWS, VIEW, Batch, to_device
 from kdtool.tasks._views import Views, collated
 from kdtool.train import checkpoint, parallel, state

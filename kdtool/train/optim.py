@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from kdtool.config import TrainSection
+from kdtool.sections import TrainSection
 
 
 def parameter_groups(

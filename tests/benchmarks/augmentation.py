@@ -16,9 +16,9 @@ import torch
 from kornia import augmentation as peer
 from kornia.augmentation.auto import RandAugment
 
-from kdtool.config import AugmentSection
 from kdtool.data.examples import Examples
 from kdtool.modeling.cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification, image_processor
+from kdtool.sections import AugmentSection
 from kdtool.tasks._views import PIXELS, ImageViews, collated
 from kdtool.tasks.image_classification import Task
 

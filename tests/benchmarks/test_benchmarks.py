@@ -4,11 +4,11 @@ import sys
 import pytest
 
 from kdtool.benchmarks import load_benchmark, names
-from kdtool.config import DataSection
 from kdtool.data.hub_source import HubReference
 from kdtool.data.layout import shipped_names
 from kdtool.errors import UsageProblem
 from kdtool.registry import METRICS, TASKS
+from kdtool.sections import DataSection
 
 EXPECTED = [
     "ag-news",

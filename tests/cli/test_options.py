@@ -98,7 +98,7 @@ def test_options_reach_the_configuration(build) -> None:
 
 
 def test_absent_options_keep_the_defaults(build) -> None:
-    from kdtool.config import RunConfig
+    from kdtool.sections import RunConfig
 
     config = build("distill")
     assert config.model_dump() == RunConfig().model_dump()

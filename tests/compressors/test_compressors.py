@@ -15,7 +15,6 @@ from tokenizers.trainers import BpeTrainer
 
 from kdtool.compressors import _tokenizer, low_rank, quantize, vocab, width
 from kdtool.compressors._base import Context, divergence, loss_over
-from kdtool.config import OutputSection
 from kdtool.data.examples import Examples
 from kdtool.derive import from_layers
 from kdtool.errors import ModelProblem, UsageProblem
@@ -25,6 +24,7 @@ from kdtool.models import Loaded, load
 from kdtool.registry import COMPRESSORS, TASKS
 from kdtool.run import Run
 from kdtool.saving import save_model
+from kdtool.sections import OutputSection
 from kdtool.verify import outputs
 from tests.contract.test_compressors import apply, context_of
 from tests.kits import make_kit

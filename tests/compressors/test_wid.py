@@ -13,11 +13,11 @@ from kdtool.compressors import wid
 from kdtool.compressors._base import Context
 from kdtool.compressors._wid_anatomy import anatomy_of
 from kdtool.compressors._wid_method import Inheritance
-from kdtool.config import TrainSection
 from kdtool.errors import ModelProblem, UsageProblem
 from kdtool.modeling import SentenceClassifier, SentenceClassifierConfig
 from kdtool.models import Loaded
 from kdtool.run import Run, Silent
+from kdtool.sections import TrainSection
 from kdtool.train.checkpoint import newest
 from kdtool.train.state import seed_everything
 from tests.kits import make_kit

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from kdtool.compressors._base import Context, renumber
-from kdtool.config import OutputSection, TrainSection
 from kdtool.errors import UsageProblem
 from kdtool.models import load
 from kdtool.registry import COMPRESSORS
 from kdtool.registry import TASKS as ALL_TASKS
 from kdtool.run import Run
 from kdtool.saving import save_model
+from kdtool.sections import OutputSection, TrainSection
 from kdtool.train.state import seed_everything
 from kdtool.verify import outputs
 from tests.kits import make_kit

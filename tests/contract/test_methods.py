@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from kdtool import load
-from kdtool.config import OutputSection, TrainSection, dump_json, load_config
+from kdtool.config import dump_json, load_config
 from kdtool.models import Loaded
 from kdtool.registry import METHODS, TASKS
 from kdtool.run import Run, Silent
 from kdtool.saving import save_model
+from kdtool.sections import OutputSection, TrainSection
 from kdtool.tasks._base import LABELS, to_device
 from kdtool.train.loop import Trainer
 from kdtool.train.state import seed_everything

@@ -3,9 +3,9 @@ import json
 
 import pytest
 
-from kdtool.config import DataSection
 from kdtool.data.sources import load_data
 from kdtool.run import Run
+from kdtool.sections import DataSection
 
 
 class Listener:

@@ -1,9 +1,9 @@
 import pyarrow as pa
 import pytest
 
-from kdtool.config import DataSection
 from kdtool.data.columns import column_kinds, resolve_roles
 from kdtool.errors import DataProblem
+from kdtool.sections import DataSection
 
 MEDIA = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 PAIR = (("text", "label"), ("text_pair",))

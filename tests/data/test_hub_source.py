@@ -4,12 +4,12 @@ import datasets
 import pytest
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
-from kdtool.config import DataSection
 from kdtool.data import hub_source
 from kdtool.data.hub_source import HubReference
 from kdtool.data.sources import load_data
 from kdtool.errors import DataProblem, HubProblem, UsageProblem
 from kdtool.run import Run
+from kdtool.sections import DataSection
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from kdtool.config import DataSection
 from kdtool.data.splits import SplitPlan, choose, hold_out, plan_splits
 from kdtool.errors import DataProblem
+from kdtool.sections import DataSection
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from kdtool.config import RunConfig, load_config
+from kdtool.config import load_config
 from kdtool.pipelines import export
 from kdtool.proof import Result
+from kdtool.sections import RunConfig
 
 Export = Callable[..., Result]
 

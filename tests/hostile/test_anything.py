@@ -10,10 +10,11 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kdtool.config import RunConfig, key_paths, load_config
+from kdtool.config import key_paths, load_config
 from kdtool.data.sources import load_data
 from kdtool.errors import KdtoolError
 from kdtool.run import Run
+from kdtool.sections import RunConfig
 
 COUNT = int(os.environ.get("KDTOOL_EXAMPLES", "60"))
 often = settings(

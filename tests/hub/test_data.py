@@ -4,10 +4,10 @@ import datasets
 import numpy as np
 import pytest
 
-from kdtool.config import DataSection
 from kdtool.data.sources import load_data
 from kdtool.errors import DataProblem, HubProblem
 from kdtool.run import Run
+from kdtool.sections import DataSection
 from tests.hub.conftest import STRANGER, TOKEN, Listener, point
 
 

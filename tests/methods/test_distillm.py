@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from kdtool.config import TrainSection
 from kdtool.divergences import divergence
 from kdtool.run import Run, Silent
+from kdtool.sections import TrainSection
 from kdtool.tasks._base import ROWS
 from kdtool.train.loop import Trainer
 from kdtool.train.state import seed_everything

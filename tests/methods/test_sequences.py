@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 
-from kdtool.config import TrainSection
 from kdtool.generation import Interleaving
 from kdtool.methods.imitkd import Config as ImitConfig
 from kdtool.registry import METHODS
 from kdtool.run import Run, Silent
+from kdtool.sections import TrainSection
 from kdtool.tasks._base import LABELS, ROWS
 from kdtool.train.loop import Trainer
 from kdtool.train.state import seed_everything

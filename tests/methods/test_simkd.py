@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from kdtool import load
-from kdtool.config import OutputSection, TrainSection
 from kdtool.errors import ConfigProblem
 from kdtool.modeling import SimKDForImageClassification
 from kdtool.modeling.simkd import PatientBatchNorm
 from kdtool.models import Loaded
 from kdtool.run import Run
 from kdtool.saving import save_model
+from kdtool.sections import OutputSection, TrainSection
 from kdtool.train.loop import Trainer
 from tests.methods import cnn
 

@@ -3,11 +3,11 @@ import torch
 from safetensors import safe_open
 from torch.nn import functional
 
-from kdtool.config import OutputSection
 from kdtool.methods.uskd import Targets, middle, soft_targets, uskd_terms, zipf
 from kdtool.models import Loaded, load_model
 from kdtool.run import Run
 from kdtool.saving import save_model
+from kdtool.sections import OutputSection
 from tests.kits import make_kit
 
 LABELS = torch.tensor([0, 3, 1, 4, 4, 2])

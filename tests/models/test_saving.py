@@ -5,12 +5,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kdtool import load
-from kdtool.config import OutputSection
 from kdtool.errors import QualityProblem
 from kdtool.models import load_model
 from kdtool.registry import TASKS
 from kdtool.run import Run
 from kdtool.saving import save_model
+from kdtool.sections import OutputSection
 from kdtool.verify import latency, reload_check
 
 

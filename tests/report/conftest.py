@@ -3,10 +3,10 @@ import math
 import numpy as np
 import pytest
 
-from kdtool.config import RunConfig
 from kdtool.gates import check, parse_gates
 from kdtool.metrics import reliability_bins, score
 from kdtool.proof import Proof, Side, retention
+from kdtool.sections import RunConfig
 
 
 def side(name, strength, parameters, milliseconds, revision=None):

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from kdtool.config import RunConfig
 from kdtool.data.examples import Examples
 from kdtool.pipelines.prove import scaling
 from kdtool.proof import Proof, Result, Side
 from kdtool.report import write_report
+from kdtool.sections import RunConfig
 from kdtool.tasks._base import Evaluation
 
 

@@ -5,12 +5,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kdtool.config import AugmentSection, load_config
+from kdtool.config import load_config
 from kdtool.data.examples import Examples
 from kdtool.errors import ConfigProblem, DataProblem, ModelProblem
 from kdtool.pipelines.distill import distill, get_ready
 from kdtool.pipelines.setup import make_run, pick_task
 from kdtool.run import Run, Silent
+from kdtool.sections import AugmentSection
 from kdtool.tasks._masking import Masks
 from tests import tiny
 

@@ -7,13 +7,14 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from kdtool.config import DataSection, load_config
+from kdtool.config import load_config
 from kdtool.data.examples import Examples
 from kdtool.errors import DataProblem
 from kdtool.models import load_model
 from kdtool.pipelines.setup import encode, get_data, load_processor
 from kdtool.registry import TASKS
 from kdtool.run import Run
+from kdtool.sections import DataSection
 from kdtool.tasks._base import LABELS, view_of
 from kdtool.tasks._spans import GROUPS, encode_apart, matched, same_tokens
 from tests import tiny

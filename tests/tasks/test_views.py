@@ -6,13 +6,14 @@ import torch
 from safetensors.torch import load
 from torch.nn import functional
 
-from kdtool.config import AugmentSection, load_config
+from kdtool.config import load_config
 from kdtool.data.examples import Examples
 from kdtool.errors import UsageProblem
 from kdtool.pipelines.distill import distill
 from kdtool.pipelines.setup import make_run
 from kdtool.registry import METHODS
 from kdtool.run import Silent
+from kdtool.sections import AugmentSection
 from kdtool.tasks._views import PIXELS, ImageViews, beta_shares, boxes, shifted, uniforms
 from kdtool.tasks.image_classification import Task
 

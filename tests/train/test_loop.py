@@ -10,13 +10,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from kdtool.config import TrainSection
 from kdtool.data.examples import Examples
 from kdtool.errors import Interrupted, TrainingProblem
 from kdtool.methods._base import Losses, Method, Stage
 from kdtool.models import Loaded
 from kdtool.pipelines.setup import is_head_of
 from kdtool.run import Run, Silent
+from kdtool.sections import TrainSection
 from kdtool.tasks._base import ROWS
 from kdtool.train import checkpoint
 from kdtool.train.loop import Plan, Trainer

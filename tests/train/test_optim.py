@@ -1,8 +1,8 @@
 import torch
 from torch import nn
 
-from kdtool.config import TrainSection
 from kdtool.pipelines.setup import is_head_of
+from kdtool.sections import TrainSection
 from kdtool.train.optim import build_optimizer, parameter_groups
 
 
