@@ -113,9 +113,8 @@ def lay_out(
         away = (members - middle.unsqueeze(2)) * weight
     moved = away.square().sum((2, 3))
     share = moved / moved.mean(1, keepdim=True).clamp_min(1e-30)
-    some = pick(away.flatten(1, 2), counts, _SPREAD_ROWS)
     if "features" not in fixed:
-        fixed["features"] = key_features(k, valid, some, FEATURES)
+        fixed["features"] = key_features(k, valid, pick(away.flatten(1, 2), counts, _SPREAD_ROWS), FEATURES)
     if "value_features" not in fixed:
         fixed["value_features"] = value_features(v, valid)
     levels, size = levels_for(k.shape[1], sizes[1])
@@ -155,7 +154,7 @@ def attend_in_blocks(
     blocks = made.middle.shape[1]
     q = ordered(rows, made.query_order).reshape(sets, blocks, -1, width)
     kind = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    leaves = _leaves(k.to(kind), v.to(kind), valid, made, levels_for(n, sizes[1])[1])
+    leaves = leaves_of(k.to(kind), v.to(kind), valid, made, levels_for(n, sizes[1])[1])
     middle = made.middle.to(kind)
     outs, sums = [], []
     # a graph takes any number of sequences, so all blocks go at once
@@ -170,7 +169,7 @@ def attend_in_blocks(
     return in_place(torch.cat(outs, 1), torch.cat(sums, 1), made.query_order, rows.shape[1])
 
 
-def _leaves(k: Tensor, v: Tensor, valid: Tensor | None, made: Layout, size: int) -> Leaves:
+def leaves_of(k: Tensor, v: Tensor, valid: Tensor | None, made: Layout, size: int) -> Leaves:
     """Keys, values, features y and |y|^2 side by side, in the order of the leaves, filled up with zeros."""
     sets, n, _ = k.shape
     y = made.y.to(k.dtype)

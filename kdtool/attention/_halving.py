@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from kdtool.attention._base import Call, counted, generator
-from kdtool.attention._flash import Part, Tiles, merged
+from kdtool.attention._flash import Part, merged
 from kdtool.attention._lsh import Draw, codes, gray_rank, last, order_of
+from kdtool.attention._tiles import tiles_of
 from kdtool.attention._tree import rows_at
 
 _HIDDEN = float("-inf")
@@ -133,7 +134,7 @@ def _parts(segment: Segment, rank: Tensor, seen: Tensor | None) -> list[Part]:
     with torch.no_grad():
         flat = rank.transpose(1, 2).flatten(1)  # position after position
         block = (torch.searchsorted(segment.first, flat.contiguous(), right=True) - 1).clamp_min(0)
-        of_tile, tiles = _tiles(block, seen, blocks, groups)
+        of_tile, tiles = tiles_of(block, seen, None, blocks, groups, _TILE)
     picked_k, picked_v = (
         rows_at(x.flatten(2), of_tile).reshape(sets, -1, *x.shape[2:]) for x in (segment.k, segment.v)
     )
@@ -149,36 +150,3 @@ def _parts(segment: Segment, rank: Tensor, seen: Tensor | None) -> list[Part]:
         )
         found.append(Part(drawn_k, drawn_v, bias, tiles=tiles))
     return found
-
-
-def _tiles(block: Tensor, seen: Tensor | None, blocks: int, groups: int) -> tuple[Tensor, Tiles]:
-    """Rows that chose the same block, in tiles.
-
-    Args:
-        block: [X, rows G] number of the block of each row, position after position.
-        seen: [X, rows] rows that count; others get no place of their own. None if all do.
-        blocks: How many there are.
-        groups: G
-
-    Returns:
-        [X, tiles] number of the block of each tile, and the places.
-    """
-    sets, count = block.shape
-    chose = functional.one_hot(block, blocks).to(torch.int32)
-    if seen is not None:
-        chose = chose * seen.repeat_interleave(groups, 1).unsqueeze(2)
-    rank = chose.cumsum(1)
-    full = (rank[:, -1] + _TILE - 1) // _TILE  # [X, blocks] tiles of each block
-    ends = full.cumsum(1)
-    place = ((rank - 1 + ((ends - full) * _TILE).unsqueeze(1)) * chose).sum(2)
-    total = max(1, int(ends[:, -1].max()))
-    number = torch.arange(total, device=block.device)
-    of_tile = (number[:, None] >= ends.unsqueeze(1)).sum(2).clamp_max(blocks - 1)
-    number = torch.arange(count, device=block.device)
-    number = number % groups * (count // groups) + number // groups  # head after head, as the rows are kept
-    counts = chose.sum(2) > 0
-    spare = total * _TILE  # where the rows go that do not count
-    rows = torch.full((sets, spare + 1), -1, device=block.device)
-    rows = rows.scatter(1, place.masked_fill(~counts, spare), number.expand(sets, -1))[:, :spare]
-    back = torch.zeros_like(block).scatter(1, number.expand(sets, -1), place)
-    return of_tile, Tiles(rows, back)

@@ -1,7 +1,7 @@
 """Settings of an operator for one layer: the cheapest that keep the error bound, and the length from which they pay."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -35,6 +35,15 @@ _LEAVES = [
     {"leaf": 32, "near": 8, "block": 64},
     {"leaf": 16, "near": 16, "block": 64},
     {"leaf": 16, "near": 32, "block": 64},
+]
+_CAUSAL_LEAVES = [
+    {"leaf": 64, "block": 0},
+    {"leaf": 32, "block": 0},
+    {"leaf": 128, "block": 256},
+    {"leaf": 64, "block": 128},
+    {"leaf": 32, "block": 64},
+    {"leaf": 16, "block": 64},
+    {"leaf": 16, "block": 64, "near": 4},
 ]
 _BUCKETS = [{"bucket": size, "samples": size} for size in (64, 128, 256, 512)]
 _LADDERS: Mapping[str, Sequence[Mapping[str, int]]] = {
@@ -111,11 +120,7 @@ def candidates(method: str, fixed: Mapping[str, Any], causal: bool) -> list[dict
     """Settings to try, the fastest first; the fixed ones are in all of them."""
     known = {setting.name for setting in ATTENTION.info(method).settings}
     found: list[dict[str, Any]] = []
-    for step in _LADDERS.get(method, [{}]):
-        if causal and step.get("near"):
-            continue  # near leaves are not used there, and neither are blocks of queries
-        if causal:
-            step = {key: value for key, value in step.items() if key != "block"}
+    for step in _CAUSAL_LEAVES if causal and method == "cluster" else _LADDERS.get(method, [{}]):
         one = {key: value for key, value in step.items() if key in known} | dict(fixed)
         if one not in found:
             found.append(one)
@@ -248,13 +253,19 @@ def speed(layer: Layer, q: Tensor, k: Tensor, v: Tensor, call: Call) -> float:
     least = [float("inf")] * 2
     began = time.perf_counter()
     for turn in range(_TURNS + 1):
-        for side, run in enumerate(sides):
-            start = time.perf_counter()
-            run()
-            if q.is_cuda:
-                torch.cuda.synchronize()
-            if turn:  # the first fills caches
-                least[side] = min(least[side], time.perf_counter() - start)
-        if turn and time.perf_counter() - began > _PATIENCE:
+        taken = [_timed(run, q.is_cuda) for run in sides]
+        late = time.perf_counter() - began > _PATIENCE
+        if turn or late:  # the first fills caches, which long calls do not notice
+            least = [min(pair) for pair in zip(least, taken, strict=True)]
+        if late:
             break
     return least[0] / least[1]
+
+
+def _timed(run: Callable[[], None], cuda: bool) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    run()
+    if cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start

@@ -19,13 +19,16 @@ SMALL = {
     "features": 16,
     "min_length": 0,
 }
-each = pytest.mark.parametrize("name", ATTENTION.names())
+FORMS = {"cluster, shared": ("cluster", {"block": 0})}
+"""Settings that make another operator out of one."""
+each = pytest.mark.parametrize("name", [*ATTENTION.names(), *FORMS])
 
 
 def operator(name, **values):
     """`attend` of an operator with settings small enough for the tests."""
+    name, form = FORMS.get(name, (name, {}))
     known = {setting.name for setting in ATTENTION.info(name).settings}
-    config = ATTENTION.build_config(name, {k: v for k, v in (SMALL | values).items() if k in known})
+    config = ATTENTION.build_config(name, {k: v for k, v in (SMALL | form | values).items() if k in known})
     attend = ATTENTION.get(name)
     return lambda q, k, v, call: attend(q, k, v, call, config)
 
@@ -59,7 +62,7 @@ any_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 
 @each
 def test_says_where_it_comes_from(name):
-    info = ATTENTION.info(name)
+    info = ATTENTION.info(FORMS.get(name, (name,))[0])
     assert info.summary.endswith(".")
     assert info.facts["paper"]
     assert isinstance(info.facts["causal"], bool)
@@ -156,7 +159,7 @@ def error(name, **values):
 @each
 def test_settings_that_leave_nothing_out_are_exact(name):
     """An operator that has none says why, and comes the nearer the more it is given."""
-    why = ATTENTION.info(name).facts.get("never_exact")
+    why = ATTENTION.info(FORMS.get(name, (name,))[0]).facts.get("never_exact")
     if why is not None:
         assert len(why) > 20
         assert 1e-5 < error(name, features=4096) < error(name, features=256) / 2 < error(name, features=16) / 4
