@@ -41,7 +41,8 @@ from kdtool.tasks._base import LABELS, Batch, Task, view_of
 from kdtool.tasks._views import Views, collated
 from kdtool.writing import write_text
 
-_CHUNK = 32
+CHUNK = 32
+"""Rows that are computed at once."""
 _SHARD = 2**30
 """Bytes of a file of the likeliest tokens; whole logits are bounded by `train.teacher_cache_limit`."""
 _UNSEEN = (LABELS, "position_ids", "reference")
@@ -116,7 +117,7 @@ def fingerprint(
             "precision": run.dtype or "float32",
             "device": run.device.split(":")[0],
             "torch": torch.__version__.split("+")[0],
-            "chunk": str(_CHUNK),
+            "chunk": str(CHUNK),
             "layout": "3",
         }
     )
@@ -207,7 +208,7 @@ class TeacherCache:
         self.views, self.kept, self.folder = views, kept, folder
         self.size = len(data) * (views.count if views else 1)
         self.task, self.teacher, self.data, self.run, self.index = task, teacher, data, run, index
-        self.chunks = ordered_batches(None if views else data.lengths, self.size, _CHUNK)
+        self.chunks = ordered_batches(None if views else data.lengths, self.size, CHUNK)
         self.chunk_of = np.empty(self.size, dtype=np.int64)
         for number, rows in enumerate(self.chunks):
             self.chunk_of[rows] = number

@@ -77,7 +77,7 @@ def test_all_tokens_kept_are_the_teacher_but_for_their_half_precision(train):
 
 
 def test_what_does_not_fit_is_refused_in_one_line(train, tmp_path, monkeypatch):
-    monkeypatch.setattr(teacher_cache, "_CHUNK", 4)
+    monkeypatch.setattr(teacher_cache, "CHUNK", 4)
     folder = tmp_path / "cache"
     with pytest.raises(UsageProblem, match="there is no teacher cache") as caught:
         train("none", teacher=f"cache:{folder}")

@@ -10,7 +10,7 @@ between sets of outputs.
 from torch import Tensor
 from torch.nn import functional
 
-from kdtool.divergences._chunked import Measure, Teacher, compare, compare_all, likeliest
+from kdtool.divergences._chunked import Measure, Teacher, compare, compare_all, held, likeliest
 from kdtool.divergences._heads import Adapter, Head, head_of
 from kdtool.divergences._sinkhorn import Sinkhorn, cost, shortlist, sinkhorn_distance, sinkhorn_rows
 from kdtool.divergences._tokens import KINDS, Divergence, divergence, precise
@@ -35,6 +35,7 @@ __all__ = [
     "divergence",
     "forward_kl",
     "head_of",
+    "held",
     "likeliest",
     "precise",
     "shortlist",

@@ -26,6 +26,8 @@ _ROWS = {"cpu": 176}
 """Most tokens in a chunk: on a CPU as many as bring matrix products to their speed."""
 _IN_CACHE = 2**17
 """Logits that a CPU goes over several times at once, so that they stay in its cache."""
+_WORKING, _COUPLED = 4, 8
+"""Tensors of the size of the logits gone over at once that a divergence makes, and a distance between blocks."""
 
 
 class Measure(Protocol):
@@ -230,20 +232,45 @@ def _plan_of(
     """What a comparison needs besides its tensors; see `compare_all`."""
     device, size = hidden.device.type, len(head.weight)
     blocks = [measure.block for measure, _ in terms if measure.block]
+    block = min(blocks) if blocks else None
     autocast = torch.is_autocast_enabled(device)
     return _Plan(
         terms=tuple(terms),
         scale=head.scale,
         cap=head.cap,
         ce_weight=ce_weight,
-        rows=min(blocks)
-        if blocks
-        else rows or max(1, min(_ROWS.get(device, _MANY), _LOGITS.get(device, _MANY) // size)),
+        rows=rows if rows and block is None else _rows(device, size, block),
         vocabulary=min(size, vocabulary or size),
         kind=torch.get_autocast_dtype(device) if autocast else hidden.dtype,
         exact=torch.float64 if hidden.dtype == torch.float64 else torch.float32,
-        narrow=device == "cpu" and not blocks,
+        narrow=device == "cpu" and block is None,
     )
+
+
+def _rows(device: str, vocabulary: int, block: int | None) -> int:
+    """Most tokens in a chunk."""
+    return block or max(1, min(_ROWS.get(device, _MANY), _LOGITS.get(device, _MANY) // vocabulary))
+
+
+def held(
+    tokens: int, vocabulary: int, others: int, device: str, block: int | None = None, autocast: bool = False
+) -> int:
+    """Bytes of logits, and of what is made of them, that `compare_all` holds at most in float32.
+
+    Args:
+        tokens: How many count.
+        vocabulary: Rows of the student's head.
+        others: Rows of the teacher's; 0 without one, or where its logits are there already.
+        device: Type of the device.
+        block: Of the measures.
+        autocast: Whether matrix products are in 16 bits.
+    """
+    rows = min(tokens, _rows(device, vocabulary, block))
+    at_once = rows * max(vocabulary, others)
+    working = _WORKING * (min(at_once, _IN_CACHE) if device == "cpu" else at_once)
+    if block is not None:
+        working = _COUPLED * at_once
+    return 4 * (rows * (vocabulary + others) + working) + (2 * at_once if autocast else 0)
 
 
 def compare_all(

@@ -142,6 +142,18 @@ class Method(nn.Module):
         """
         return data
 
+    @classmethod
+    def chunk(cls, config: Any) -> int | None:
+        """How many tokens of a language model with a plain head it compares at once, see `kdtool.divergences`.
+
+        Args:
+            config: Its settings.
+
+        Returns:
+            None for all, so that whole logits [tokens, vocabulary] are held; 0 for as many as the device likes.
+        """
+        return None
+
     def setup(self, batch: Batch, data: Examples) -> None:
         """See a first batch and the training rows before training; by default nothing is learnt from them."""
 

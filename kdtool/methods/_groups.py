@@ -47,6 +47,11 @@ class GroupMethod(_base.Method):
     def __init__(self, config: Any, student: Loaded, teachers: Sequence[Loaded], task: Task) -> None:
         super().__init__(config, student, teachers, task)
 
+    @classmethod
+    def chunk(cls, config: Any) -> int | None:
+        """As many tokens as the device likes."""
+        return 0
+
     def setup(self, batch: Batch, data: Examples) -> None:
         """Check that both models' heads give their logits.
 

@@ -142,6 +142,11 @@ class SequenceMethod(_base.Method):
         """The student and its teachers."""
         return [self.student, *(teacher.model for teacher in self.teacher_list)]
 
+    @classmethod
+    def chunk(cls, config: Any) -> int | None:
+        """As many tokens as the device likes."""
+        return 0
+
     def setup(self, batch: Batch, data: Examples) -> None:
         """Check that both models' heads give their logits.
 

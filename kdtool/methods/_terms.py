@@ -120,6 +120,11 @@ class TermMethod(_base.Method):
         """
         return None
 
+    @classmethod
+    def chunk(cls, config: Any) -> int | None:
+        """As many as the measures take, where there are such."""
+        return None if cls.measures is TermMethod.measures else 0
+
     def build(self, student: Side, teacher: Side | None, data: Examples) -> None:
         """Make helper modules, knowing the shapes of a first batch; by default there are none."""
 

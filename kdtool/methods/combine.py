@@ -107,6 +107,15 @@ class Method(_terms.TermMethod):
         self.needs_rows = any(m.needs_rows for m in members)  # type: ignore[misc]
         self.reads_teacher = any(m.reads_teacher for m in members)  # type: ignore[misc]
 
+    @classmethod
+    def chunk(cls, config: Any) -> int | None:
+        """The smallest block of the members, if all of them have measures."""
+        found = []
+        for item in config.terms or ():
+            name, _, values = parse_term(item)
+            found.append(METHODS.get(name).chunk(METHODS.build_config(name, values)))
+        return None if None in found or not found else min(filter(None, found), default=0)
+
     def cautions(self, epochs: float) -> Sequence[str]:
         """Those of all members."""
         members = (member for member in self.members if isinstance(member, _terms.TermMethod))

@@ -158,6 +158,11 @@ class Method(_base.Method):
         mentor.model.eval().requires_grad_(False)
         self.teacher_list = [mentor]
 
+    @classmethod
+    def chunk(cls, config: Any) -> int | None:
+        """As many tokens as the device likes."""
+        return 0
+
     def setup(self, batch: Batch, data: Examples) -> None:
         """See whether the models' logits can be made some tokens at a time."""
         models = [self.student, *(teacher.model for teacher in self.teacher_list)]

@@ -5,7 +5,7 @@ the report; it is never run during training.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from kdtool.data.examples import Examples
 from kdtool.divergences import compare_all, cross_entropy
@@ -38,6 +38,11 @@ class Method(_base.Method):
     reads_teacher: ClassVar[bool] = False
     by_chunks: bool = False
     golden: ClassVar[str] = "plain cross-entropy: checked against torch in tests/test_divergences.py"
+
+    @classmethod
+    def chunk(cls, config: Any) -> int | None:
+        """As many tokens as the device likes."""
+        return 0
 
     def setup(self, batch: Batch, data: Examples) -> None:
         """See whether the logits of a language model can be made some tokens at a time."""

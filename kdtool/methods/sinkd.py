@@ -15,7 +15,7 @@ all of them, for language models over blocks of tokens.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -128,6 +128,11 @@ class Method(_terms.TermMethod):
             _terms.Measured("kd", cfg.kd_weight, Divergence("cross-entropy", temperature=degree)),
             _terms.Measured("sinkhorn", cfg.beta * cfg.scale, self.distance()),
         ]
+
+    @classmethod
+    def chunk(cls, config: Any) -> int | None:
+        """A block."""
+        return int(config.block)
 
     def distance(self) -> Sinkhorn:
         """The Sinkhorn term of a batch, or of blocks of tokens."""

@@ -21,7 +21,7 @@ from kdtool.teacher_cache import (
 from kdtool.train import parallel
 from kdtool.train.loop import Trainer
 
-_WORTH = 1.25
+WORTH = 1.25
 """Epochs from which a teacher cache pays: its chunks are computed whole."""
 
 
@@ -37,7 +37,7 @@ def attach_cache(trainer: Trainer, teacher: Loaded | None, config: RunConfig, ru
     train, method = config.train, trainer.method
     wanted = train.teacher_cache if train.teacher_cache is not None else train.teacher_cache_dir is not None or None
     views = trainer.views
-    seen_again = trainer.plan.steps * train.grad_accum > _WORTH * trainer.plan.per_epoch * (views.count if views else 1)
+    seen_again = trainer.plan.steps * train.grad_accum > WORTH * trainer.plan.per_epoch * (views.count if views else 1)
     if views is not None and not views.count:
         if wanted:
             raise UsageProblem(

@@ -14,13 +14,19 @@ import torch
 from torch import nn
 
 from kdtool.data.examples import Examples
+from kdtool.divergences import held
+from kdtool.pipelines.caching import WORTH
 from kdtool.registry import METHODS, TASKS
 from kdtool.run import Run
 from kdtool.sections import RunConfig
 from kdtool.tasks._base import Task
+from kdtool.teacher_cache import CHUNK
 
 _VALUES_PER_LAYER = 17
 """Numbers that a transformer layer keeps for its backward pass, for each token and unit of width."""
+
+_WHOLE = {True: 8, False: 3}
+"""Tensors as large as all logits that a loss holds with a teacher and without, where it takes them whole."""
 
 _TOKENS_PER_WORD = 1.4
 _SAMPLE = 500
@@ -129,25 +135,59 @@ def estimate(
         # commands with one model write it, or less; an evaluation writes next to nothing
         written = trained or fixed if config.command != "evaluate" else 0
         return {"memory": f"{weights} for weights, and activations", "disk": _bytes(4 * written)}
-    state = 12 if config.train.optimizer == "sgd" else 16
-    own = state * trained
-    said = "weights, gradients, optimiser"
-    if run.world > 1 and config.train.parallel == "fsdp2":
-        # a shard of everything, and two layers gathered at a time
-        own = own // run.world + 8 * trained // max(1, student.layers or 1)
-        said = f"1/{run.world} of {said}, two whole layers"
-    parts = {"teacher": 4 * fixed, said: own}
-    active = _activations(config, run, student, tokens)
-    parts |= {"activations": active} if active is not None else {}
-    memory = f"{_bytes(sum(parts.values()))} a process ({', '.join(f'{k} {_bytes(v)}' for k, v in parts.items() if v)})"
-    cache = _cache_bytes(config, teacher, tokens)
-    disk = 4 * trained + _CHECKPOINTS * (state - 4) * trained + cache
+    cache = _cache_bytes(config, teacher, tokens, steps * run.world)
+    parts = memory_parts(config, run, student, teacher, tokens, cache > 0)
+    disk = 4 * trained + _CHECKPOINTS * (_state(config) - 4) * trained + cache
     result = {
-        "memory": memory if active is not None else f"{memory}, and activations",
+        "memory": _told(parts),
         "disk": _bytes(disk) + (f", of which {_bytes(cache)} teacher cache" if cache else ""),
     }
     result["time"] = _time(config, run, student, teacher, tokens, steps, cache > 0)
     return result
+
+
+def _told(parts: dict[str, int]) -> str:
+    """Sum and parts of a process's memory, in words."""
+    said = f"{_bytes(sum(parts.values()))} a process ({', '.join(f'{k} {_bytes(v)}' for k, v in parts.items() if v)})"
+    return said if "activations" in parts else f"{said}, and activations"
+
+
+def _state(config: RunConfig) -> int:
+    """Bytes for each trained parameter: itself, its gradient and one or two moments."""
+    return 12 if config.train.optimizer == "sgd" else 16
+
+
+def memory_parts(
+    config: RunConfig,
+    run: Run,
+    student: Size,
+    teacher: Size | None,
+    tokens: tuple[float, int, int] | None,
+    cached: bool,
+) -> dict[str, int]:
+    """Bytes that a process of a training run holds, by what they are for; `activations` where they are known.
+
+    Args:
+        config: The run's configuration.
+        run: Gives device, number format and number of processes.
+        student: Measures of what is trained.
+        teacher: Measures of the teacher.
+        tokens: From `tokens_of`.
+        cached: Whether the teacher is read from a cache.
+    """
+    own, said = _state(config) * student.parameters, "weights, gradients, optimiser"
+    if run.world > 1 and config.train.parallel == "fsdp2":
+        # a shard of everything, and two layers gathered at a time
+        own = own // run.world + 8 * student.parameters // max(1, student.layers or 1)
+        said = f"1/{run.world} of {said}, two whole layers"
+    parts = {"teacher": 4 * teacher.parameters if teacher else 0, said: own}
+    active = _activations(config, run, student, tokens)
+    if active is None or tokens is None:
+        return parts
+    parts["activations"] = active
+    if _predicts_tokens(config):
+        parts["logits"] = _logits(config, run, student, teacher, tokens[1], cached)
+    return parts
 
 
 def _activations(config: RunConfig, run: Run, student: Size, tokens: tuple[float, int, int] | None) -> int | None:
@@ -156,9 +196,38 @@ def _activations(config: RunConfig, run: Run, student: Size, tokens: tuple[float
         return None
     each = 2 if run.dtype else 4
     units = config.train.batch_size * tokens[1]
-    kept = units * student.width * student.layers * _VALUES_PER_LAYER * each
-    # a language model's logits, their softmax and their gradient, for student and teacher
-    return kept + (4 * 4 * units * student.classes if _predicts_tokens(config) else 0)
+    return units * student.width * student.layers * _VALUES_PER_LAYER * each
+
+
+def _logits(config: RunConfig, run: Run, student: Size, teacher: Size | None, longest: int, cached: bool) -> int:
+    """Bytes of a language model's logits of one batch, and of what the loss makes of them.
+
+    Args:
+        config: The run's configuration.
+        run: Context.
+        student: Measures of the student.
+        teacher: Measures of the teacher.
+        longest: Tokens of the longest row.
+        cached: Whether the teacher is read from a cache.
+    """
+    units, kind = config.train.batch_size * longest, METHODS.get(config.method_name)
+    asked = teacher if _reads(config) else None
+    others = asked.classes if asked is not None else 0
+    told = 0
+    if cached and config.train.teacher_cache_top_k is None:
+        # whole logits from the cache; while it is filled, those of a chunk of rows and the ones that count of them
+        told = 4 * others * (units + 2 * CHUNK * longest)
+        others = 0
+    chunk = kind.chunk(METHODS.build_config(config.method_name, config.method_values))
+    task = TASKS.get(str(config.data.task))
+    if chunk is None or task.has_states is Task.has_states:
+        return told + _WHOLE[asked is not None] * 4 * units * max(student.classes, others)
+    device = run.device.split(":")[0]
+    found = told + held(units, student.classes, others, device, chunk or None, run.dtype is not None)
+    head, their = (one.classes * (one.width or 0) if one else 0 for one in (student, asked))
+    if run.dtype:
+        found += 2 * (head + their)  # heads in the format of the products
+    return found + (4 * head if config.train.grad_accum > 1 else 0)  # the gradient that is to be added
 
 
 def _predicts_tokens(config: RunConfig) -> bool:
@@ -169,16 +238,29 @@ def _reads(config: RunConfig) -> bool:
     return bool(METHODS.info(config.method_name).facts.get("reads_teacher", True))
 
 
-def _cache_bytes(config: RunConfig, teacher: Size | None, tokens: tuple[float, int, int] | None) -> int:
-    """Size of the teacher cache; 0 where there will be none."""
-    if teacher is None or tokens is None or not _reads(config) or config.train.teacher_cache is False:
+def _cache_bytes(config: RunConfig, teacher: Size | None, tokens: tuple[float, int, int] | None, steps: int) -> int:
+    """Size of the teacher cache; 0 where there will be none.
+
+    Args:
+        config: The run's configuration.
+        teacher: Measures of the teacher.
+        tokens: From `tokens_of`.
+        steps: Optimiser steps of all processes.
+    """
+    train = config.train
+    if teacher is None or tokens is None or not _reads(config) or train.teacher_cache is False:
         return 0
     if config.augment.active and not config.augment.views:
         return 0  # each epoch has views of its own
+    if train.teacher_cache_top_k is None and not METHODS.get(config.method_name).cacheable:
+        return 0
+    seen = steps * train.grad_accum * train.batch_size
+    if train.teacher_cache is None and train.teacher_cache_dir is None and seen <= WORTH * tokens[2] * _views(config):
+        return 0
     units = tokens[2] * (tokens[1] - 1 if _predicts_tokens(config) else 1)
-    kept = config.train.teacher_cache_top_k
+    kept = train.teacher_cache_top_k
     size = units * (4 * teacher.classes if kept is None else 6 * min(kept, teacher.classes) + 4) * _views(config)
-    return size if size <= config.train.teacher_cache_limit * 2**20 else 0
+    return size if size <= train.teacher_cache_limit * 2**20 else 0
 
 
 def _views(config: RunConfig) -> int:

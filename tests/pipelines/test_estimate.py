@@ -2,13 +2,23 @@
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, ViTConfig, ViTForImageClassification
+from torch.profiler import ProfilerActivity, profile
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from kdtool.config import load_config
-from kdtool.pipelines.estimate import Size, estimate, size_of, tokens_of, without_layers
+from kdtool.data.examples import Examples
+from kdtool.models import Loaded
+from kdtool.pipelines.estimate import Size, estimate, memory_parts, size_of, tokens_of, without_layers
 from kdtool.pipelines.plan import plan
-from kdtool.registry import TASKS
+from kdtool.registry import METHODS, TASKS
 from kdtool.run import Run
+from kdtool.train.loop import Trainer
 from tests import tiny
 
 MIB = 2**20
@@ -61,7 +71,9 @@ def test_sharding_divides_what_is_sharded():
 @pytest.mark.parametrize(
     ("settings", "method", "expected"),
     [
-        ((), "kd", "of which 1 MiB teacher cache"),
+        (("train.teacher_cache=true",), "kd", "of which 1 MiB teacher cache"),
+        ((), "kd", None),  # 80 of 1000 rows are seen, none of them twice
+        (("train.teacher_cache=true",), "gkd", None),  # its texts are new ones
         (("train.teacher_cache=false",), "kd", None),
         ((), "none", None),
     ],
@@ -95,8 +107,6 @@ def test_rows_of_a_language_model_are_windows(models, data):
 
 def test_lengths_of_texts_are_estimated_and_cut(data):
     task = TASKS.get("text-classification")()
-    from kdtool.data.examples import Examples
-
     rows = Examples({"text": ["one two three four five"] * 10 + ["word " * 1000]})
     mean, longest, count = tokens_of(config_of("data.max_length=16"), task, rows, STUDENT)
     assert (longest, count) == (16, 11)
@@ -104,3 +114,63 @@ def test_lengths_of_texts_are_estimated_and_cut(data):
     assert tokens_of(config_of(), task, Examples({"audio": [0]}), STUDENT) is None
     prompts = Examples({"prompt": ["one two three"] * 4, "response": ["four five"] * 4})
     assert tokens_of(config_of(), TASKS.get("causal-lm")(), prompts, STUDENT) == (9.0, 9, 4)
+
+
+ROWS, LENGTH, VOCABULARY = 4, 96, 32000
+
+
+class Words:
+    """What methods ask a tokenizer of a large vocabulary."""
+
+    eos_token_id = 3
+
+    def __len__(self):
+        return VOCABULARY
+
+
+def language_model(width):
+    """A small body and a large vocabulary."""
+    shape = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=LENGTH, bos_token_id=2, eos_token_id=3, **shape)
+    return Loaded(AutoModelForCausalLM.from_config(config), Words(), "x")
+
+
+def peak_of(measured):
+    """Most bytes that were held at once of those allocated under a profiler."""
+    found = [event for event in measured.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(found, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("none", ()),
+        ("kd", ()),
+        ("kd", ("train.grad_accum=2",)),
+        ("sinkd", ("method.block=32",)),
+        ("supervised-kd", ()),
+        ("combine", ("method.terms=[kd:1]",)),
+        ("logit-mse", ()),
+    ],
+)
+def test_memory_is_what_training_takes(method, settings):
+    """Within a third, against torch's own count; whole logits, which few methods hold, within a factor of two."""
+    config = config_of("data.task=causal-lm", "train.max_steps=2", "train.lr=0.001", *settings, method=method)
+    config.train.batch_size = ROWS
+    teacher, student = (language_model(width) for width in (24, 16))
+    kind, task = METHODS.get(method), TASKS.get("causal-lm")()
+    chosen = METHODS.build_config(method, config.method_values)
+    made = kind(chosen, student, [teacher] if kind.reads_teacher else [], task)
+    rows = Examples({"input_ids": torch.randint(4, VOCABULARY, (2 * ROWS, LENGTH)).numpy()})
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as measured:
+        Trainer(made, rows, config.train, Run()).train()
+    sizes = [size_of(one.model.config, one.model) for one in (student, teacher)]
+    parts = memory_parts(config, Run(), *sizes, (float(LENGTH), LENGTH, len(rows)), cached=False)
+    weights = 4 * (sizes[0].parameters + (sizes[1].parameters if kind.reads_teacher else 0))
+    expected, found = sum(parts.values()) - weights, peak_of(measured)
+    factor = 2 if method == "logit-mse" else 4 / 3
+    assert found / factor < expected < found * factor
