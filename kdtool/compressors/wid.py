@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from kdtool.compressors._base import Context, Made, body_config, rebuilt
 from kdtool.compressors._wid_anatomy import Anatomy, anatomy_of
+from kdtool.compressors._wid_memory import memory
 from kdtool.compressors._wid_merge import largest_dropped_norm
 from kdtool.compressors._wid_method import Goal, Inheritance
 from kdtool.compressors._wid_schedule import intervals
@@ -199,6 +200,24 @@ def _exactness(method: Inheritance, made: nn.Module, context: Context) -> dict[s
         "zeroing_change": _relative(masked, trained),
         "merge_difference": float((merged - masked).abs().max()),
     }
+
+
+def training_memory(loaded: Loaded, config: Config, tokens: int) -> dict[str, int]:
+    """Bytes that training holds besides the model, by what they are for; of activations what it adds to the model's.
+
+    Args:
+        loaded: The model, whose weights need not be there (device `meta`).
+        config: Settings.
+        tokens: Of a batch.
+
+    Raises:
+        UsageProblem: a size or a schedule that does not fit.
+        ModelProblem: no encoder of a kind that it knows.
+    """
+    anatomy = anatomy_of(loaded.model)
+    _check_shape(loaded, config, anatomy)
+    goal_of(config, anatomy)
+    return memory(loaded.model, anatomy, tokens)
 
 
 def compress(loaded: Loaded, config: Config, context: Context) -> Loaded:

@@ -26,7 +26,10 @@ _VALUES_PER_LAYER = 17
 """Numbers that a transformer layer keeps for its backward pass, for each token and unit of width."""
 
 _WHOLE = {True: 8, False: 3}
-"""Tensors as large as all logits that a loss holds with a teacher and without, where it takes them whole."""
+"""Tensors as large as the logits of what counts that a loss holds with a teacher and without, if it takes them whole.
+
+Two and one of them are the models' own, which are of all tokens.
+"""
 
 _TOKENS_PER_WORD = 1.4
 _SAMPLE = 500
@@ -221,13 +224,53 @@ def _logits(config: RunConfig, run: Run, student: Size, teacher: Size | None, lo
     chunk = kind.chunk(METHODS.build_config(config.method_name, config.method_values))
     task = TASKS.get(str(config.data.task))
     if chunk is None or task.has_states is Task.has_states:
-        return told + _WHOLE[asked is not None] * 4 * units * max(student.classes, others)
+        return told + _whole(config, units, max(student.classes, others), asked is not None)
     device = run.device.split(":")[0]
     found = told + held(units, student.classes, others, device, chunk or None, run.dtype is not None)
     head, their = (one.classes * (one.width or 0) if one else 0 for one in (student, asked))
     if run.dtype:
         found += 2 * (head + their)  # heads in the format of the products
     return found + (4 * head if config.train.grad_accum > 1 else 0)  # the gradient that is to be added
+
+
+def _whole(config: RunConfig, units: int, classes: int, taught: bool) -> int:
+    """Bytes of a loss that takes logits [units, classes] whole; masked-lm counts only what is hidden."""
+    share = config.data.mask_share if config.data.task == "masked-lm" else 1.0
+    own = 2 if taught else 1
+    return round(4 * units * classes * (own + (_WHOLE[taught] - own) * share))
+
+
+def training_stage(
+    config: RunConfig, run: Run, model: Size, tokens: tuple[float, int, int] | None, extra: dict[str, int]
+) -> dict[str, int]:
+    """Bytes that `compress` holds while a compressor trains, by what they are for.
+
+    Args:
+        config: The run's configuration.
+        run: Gives the number format.
+        model: Measures of the model.
+        tokens: From `tokens_of`.
+        extra: What the compressor holds besides; activations are added to those of the model.
+    """
+    parts = {"model": 4 * model.parameters} | {name: size for name, size in extra.items() if name != "activations"}
+    active = _activations(config, run, model, tokens)
+    if active is None or tokens is None:
+        return parts
+    parts["activations"] = active + extra["activations"]
+    if _predicts_tokens(config):
+        parts["logits"] = _whole(config, config.train.batch_size * tokens[1], model.classes, taught=False)
+    return parts
+
+
+def estimate_stage(model: Size, parts: dict[str, int]) -> dict[str, str]:
+    """Memory and disk of a compressor that trains, in words; its checkpoints hold what it trains.
+
+    Args:
+        model: Measures of the model.
+        parts: From `training_stage`.
+    """
+    trained = next(size for name, size in parts.items() if "optimiser" in name)
+    return {"memory": _told(parts), "disk": _bytes(4 * model.parameters + _CHECKPOINTS * trained * 3 // 4)}
 
 
 def _predicts_tokens(config: RunConfig) -> bool:

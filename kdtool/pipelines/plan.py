@@ -10,17 +10,26 @@ import torch
 import transformers
 
 from kdtool.config import stages
+from kdtool.data.examples import Examples
 from kdtool.derive import depth_of, layer_indices
 from kdtool.hub import ModelRef, fetch_config
 from kdtool.modeling.compressed import weights_of
-from kdtool.models import auto_class, plain_model_errors, read_config
+from kdtool.models import Loaded, auto_class, plain_model_errors, read_config
 from kdtool.pipelines import setup
-from kdtool.pipelines.estimate import Size, estimate, size_of, tokens_of, without_layers
+from kdtool.pipelines.estimate import (
+    Size,
+    estimate,
+    estimate_stage,
+    size_of,
+    tokens_of,
+    training_stage,
+    without_layers,
+)
 from kdtool.pipelines.harness import is_harness
 from kdtool.pipelines.measured import check_metrics
 from kdtool.pipelines.prepare import check_teacher
 from kdtool.pipelines.push import check_push
-from kdtool.registry import METHODS
+from kdtool.registry import COMPRESSORS, METHODS
 from kdtool.run import Run
 from kdtool.sections import RunConfig
 from kdtool.tasks._base import Task
@@ -109,9 +118,29 @@ def plan(config: RunConfig, run: Run | None = None, processes: int = 1) -> dict[
         result["recover"] = {"method": config.recover.method, "steps": config.recover.steps or 0}
         if config.search.budget is not None:
             result["budget"] = config.search.budget
-    result["estimate"] = estimate(config, run, student, teacher, tokens, steps)
+    if config.command == "compress" and teacher is not None:
+        result["estimate"] = _compressing(config, run, shape, data.train if config.data.source else None, task)
+    else:
+        result["estimate"] = estimate(config, run, student, teacher, tokens, steps)
     result["output"] = config.output.folder
     return result
+
+
+def _compressing(config: RunConfig, run: Run, shape: Any, rows: Examples | None, task: Task) -> dict[str, str]:
+    """Estimates for `compress`: of the stage that takes most where some train, else of the model alone."""
+    size = size_of(*shape)
+    loaded = Loaded(shape[1], None, str(config.teacher.model))
+    tokens = tokens_of(config, task, rows, size)
+    batch = config.train.batch_size * (tokens[1] if tokens else 0)
+    found = []
+    for name, values in stages(config):
+        counted = getattr(COMPRESSORS.module(name), "training_memory", None)
+        if counted is not None:
+            extra = counted(loaded, COMPRESSORS.build_config(name, values), batch)
+            found.append(training_stage(config, run, size, tokens, extra))
+    if not found:
+        return estimate(config, run, None, size, None, 0)
+    return estimate_stage(size, max(found, key=lambda parts: sum(parts.values())))
 
 
 def _layers(spec: str, shape: Any, teacher: Size, result: dict[str, Any]) -> Size:

@@ -6,17 +6,24 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
     LlamaConfig,
     ViTConfig,
     ViTForImageClassification,
 )
 
+from kdtool.compressors import wid
+from kdtool.compressors._wid_anatomy import anatomy_of
+from kdtool.compressors._wid_method import Inheritance
 from kdtool.config import load_config
 from kdtool.data.examples import Examples
+from kdtool.errors import UsageProblem
 from kdtool.models import Loaded
-from kdtool.pipelines.estimate import Size, estimate, memory_parts, size_of, tokens_of, without_layers
+from kdtool.pipelines.estimate import Size, estimate, memory_parts, size_of, tokens_of, training_stage, without_layers
 from kdtool.pipelines.plan import plan
-from kdtool.registry import METHODS, TASKS
+from kdtool.registry import COMPRESSORS, METHODS, TASKS
 from kdtool.run import Run
 from kdtool.train.loop import Trainer
 from tests import tiny
@@ -174,3 +181,50 @@ def test_memory_is_what_training_takes(method, settings):
     expected, found = sum(parts.values()) - weights, peak_of(measured)
     factor = 2 if method == "logit-mse" else 4 / 3
     assert found / factor < expected < found * factor
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "rows", "length"),
+    [
+        ("text-classification", BertForSequenceClassification, 8, 64),  # compactors times weights
+        ("text-classification", BertForSequenceClassification, 2, 8),  # compactors times inputs
+        ("masked-lm", BertForMaskedLM, 8, 64),
+    ],
+)
+def test_memory_of_wid_is_what_it_takes(monkeypatch, name, kind, rows, length):
+    """Within a third, against torch's own count."""
+    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 192}
+    model = kind(BertConfig(vocab_size=500, max_position_embeddings=length, **sizes)).eval()
+    ids = torch.randint(5, 500, (rows, length))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.zeros(rows, dtype=torch.long)}
+    if name == "masked-lm":
+        batch["labels"] = ids.masked_fill(torch.rand(ids.shape) > 0.15, -100)
+    task = TASKS.get(name)()
+    monkeypatch.setattr(task, "collate", lambda items: {key: value[: len(items)] for key, value in batch.items()})
+    config = load_config(
+        "compress", None, [f"data.task={name}", f"train.batch_size={rows}", "train.max_steps=2", "train.lr=0.001"], {}
+    )
+    settings = COMPRESSORS.build_config("wid", {"hidden": 24, "steps": 1000})
+    loaded = Loaded(model, None, "x", facts={"dtype": "float32", "new_weights": []})
+    data = Examples({"input_ids": ids.numpy()})
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as measured:
+        anatomy = anatomy_of(model)
+        method = Inheritance(wid.goal_of(settings, anatomy), wid.untied(loaded, anatomy), anatomy, task)
+        Trainer(method, data, config.train, Run()).train()
+    extra = wid.training_memory(loaded, settings, rows * length)
+    size = size_of(model.config, model)
+    parts = training_stage(config, Run(), size, (float(length), length, rows), extra)
+    expected, found = sum(parts.values()) - parts["model"], peak_of(measured)
+    assert found * 3 / 4 < expected < found * 4 / 3
+
+
+def test_the_plan_of_wid_counts_what_it_trains(models, data):
+    def told(*settings):
+        given = {"teacher.model": str(models("bert")), "data.source": str(data("text"))}
+        return plan(load_config("compress", None, settings, given))["estimate"]["memory"]
+
+    found = told("method.name=wid", "method.hidden=8")
+    assert all(part in found for part in ("a process (model", "copy of the model", "compactors", "activations"))
+    assert "compactors" not in told("method.name=width")
+    with pytest.raises(UsageProblem, match="cannot be divided"):
+        told("method.name=wid", "method.hidden=7")
