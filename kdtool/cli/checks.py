@@ -10,6 +10,7 @@ from kdtool.errors import OutputProblem, UsageProblem, nearest
 from kdtool.gates import parse_budget, parse_drops, parse_gates
 from kdtool.registry import ATTENTION, COMPRESSORS, EXPORTERS, METHODS, TASKS, check_fit
 from kdtool.sections import RunConfig
+from kdtool.variants import variants_of
 
 MARKER = ".kdtool/run.json"
 """File by which an output folder is known to hold an unfinished run; the pipeline decides whether it is this one."""
@@ -77,10 +78,11 @@ def _check_distill(config: RunConfig) -> None:
 
 def _check_compare(config: RunConfig) -> None:
     """As for `distill`, for each of several methods."""
-    names = [name.strip() for name in config.method_name.split(",")]
-    for name in names:
+    if not config.method_name:
+        _check_distill(config)
+    for variant in variants_of(config):
         one = config.model_copy(deep=True)
-        one.method = {"name": name}
+        one.method = dict(variant.method)
         _check_distill(one)
 
 

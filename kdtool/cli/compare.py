@@ -9,6 +9,7 @@ from kdtool.cli.pages import CONTEXT, Command, examples
 SUMMARY = "Set several methods side by side, at equal budgets."
 EXAMPLES = examples(
     "kdtool compare ./teacher --student layers:3 --method none,kd --seeds 0,1,2 --data ./reviews -o ./comparison",
+    "kdtool compare ./teacher --student layers:3 --method kd:temperature=1,kd:temperature=4 --data ./reviews -o ./heat",
     "kdtool compare -c recipe.yaml --method none,kd,logit-mse --set method.kd.temperature=2 -o ./comparison",
 )
 
@@ -55,5 +56,5 @@ def compare(
     trust_remote_code: o.TrustRemoteCode = None,
     allow_pickle: o.AllowPickle = None,
 ) -> None:
-    """Distil with several methods and seeds at equal budgets, and set the results side by side."""
+    """Distil with several methods, or settings of one, and seeds at equal budgets; set the results side by side."""
     start("compare", locals())

@@ -68,16 +68,17 @@ def pack(codes: Tensor) -> Tensor:
 
 
 def unpack(packed: Tensor, columns: int) -> Tensor:
-    """The inverse of `pack`."""
-    both = torch.stack((packed & 15, packed >> 4), dim=-1).reshape(len(packed), -1)
-    return both[:, :columns].to(torch.int8) - _OFFSET
+    """The inverse of `pack`; any dimensions may stand before the last."""
+    both = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
+    return both[..., :columns].to(torch.int8) - _OFFSET
 
 
 def dequantize(codes: Tensor, scale: Tensor, columns: int) -> Tensor:
-    """The matrix [rows, columns] that codes and scale stand for, in the number format of the scale."""
+    """The numbers [..., columns] that codes and scale [..., groups] stand for, in the number format of the scale."""
     whole = codes if codes.dtype == torch.int8 else unpack(codes, columns)
-    parts = whole.to(scale.dtype).reshape(len(whole), scale.shape[1], -1)
-    return (parts * scale.unsqueeze(-1)).reshape(len(whole), columns)
+    groups = scale.shape[-1]
+    parts = whole.to(scale.dtype).unflatten(-1, (groups, columns // groups))
+    return (parts * scale.unsqueeze(-1)).flatten(-2)
 
 
 class _Quantized(nn.Module):
@@ -172,9 +173,7 @@ class QuantizedEmbedding(_Quantized):
 
     def forward(self, ids: Tensor) -> Tensor:
         """[...] int64 to [..., columns]."""
-        flat = ids.reshape(-1)
-        found = dequantize(self.codes[flat], self.scale[flat], self.columns)
-        return found.reshape(*ids.shape, self.columns)
+        return dequantize(self.codes[ids], self.scale[ids], self.columns)
 
 
 class TiedHead(nn.Module):

@@ -1,4 +1,4 @@
-"""`compare`: several methods with the same teacher, student, data, budget and seeds; one table."""
+"""`compare`: several methods, or settings of one, with the same teacher, student, data, budget and seeds; one table."""
 
 import json
 import math
@@ -9,43 +9,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kdtool.config import check_plugin_values
 from kdtool.errors import UsageProblem
 from kdtool.gates import higher_is_better
 from kdtool.pipelines.distill import distill
 from kdtool.pipelines.output import MANIFEST, fingerprint
 from kdtool.pipelines.setup import make_run
 from kdtool.proof import Result, Table, number
-from kdtool.registry import METHODS
 from kdtool.report import draw_comparison, markdown_table
 from kdtool.run import Run
 from kdtool.sections import RunConfig
+from kdtool.variants import variants_of
 from kdtool.writing import write_text
-
-
-def parse_methods(config: RunConfig) -> list[dict[str, Any]]:
-    """The methods to compare, each with its own settings.
-
-    `method.name` holds names separated by commas. Settings under `method.NAME` belong to that
-    method; a setting beside the names goes to every method that has it.
-
-    Raises:
-        UsageProblem, ConfigProblem: unknown names or settings.
-    """
-    names = [name.strip() for name in config.method_name.split(",") if name.strip()]
-    if len(set(names)) != len(names) or not names:
-        raise UsageProblem("--method needs different names separated by commas", hint="--method none,kd")
-    own = {key: value for key, value in config.method_values.items() if key in names and isinstance(value, dict)}
-    common = {key: value for key, value in config.method_values.items() if key not in own}
-    known = {name: {setting.name for setting in METHODS.info(name).settings} for name in names}
-    for key in common:
-        if not any(key in settings for settings in known.values()):
-            raise UsageProblem(f"no compared method has a setting '{key}'", hint="see: kdtool methods show NAME")
-    chosen = []
-    for name in names:
-        values = {key: value for key, value in common.items() if key in known[name]} | own.get(name, {})
-        chosen.append({"name": name, **check_plugin_values(METHODS.info(name), values, f"method.{name}")})
-    return chosen
 
 
 def compare(config: RunConfig, run: Run | None = None) -> Result:
@@ -55,7 +29,7 @@ def compare(config: RunConfig, run: Run | None = None) -> Result:
     Size, latency and reload are measured for the first seed only: they do not depend on it.
 
     Args:
-        config: As for `distill`; `method.name` may hold several names, `eval.seeds` the seeds.
+        config: As for `distill`; `method.name` may hold several names, see `kdtool.variants`, `eval.seeds` the seeds.
         run: Context (default: made from the configuration, silent).
 
     Raises:
@@ -67,28 +41,29 @@ def compare(config: RunConfig, run: Run | None = None) -> Result:
     if config.output.folder is None:
         raise UsageProblem("no output folder given", hint="add -o FOLDER")
     root = Path(config.output.folder).expanduser()
-    methods = parse_methods(config)
+    variants = variants_of(config)
     found: dict[str, list[dict[str, Any]]] = {}
-    total, done = len(methods) * len(seeds), 0
+    total, done = len(variants) * len(seeds), 0
     for position, seed in enumerate(seeds):
-        for method in methods:
+        for variant in variants:
             done += 1
             one = config.model_copy(deep=True)
             one.command = "distill"
             one.output.push = None  # many runs, one repository: the best is published by hand
-            one.method = dict(method)
+            one.method = dict(variant.method)
             one.runtime.seed = seed
-            one.output.folder = str(root / "runs" / f"{method['name']}-seed{seed}")
+            one.output.folder = str(root / "runs" / f"{variant.folder}-seed{seed}")
             one.eval.latency = config.eval.latency and position == 0
             one.eval.reload = config.eval.reload and position == 0
-            run.reporter.info(f"run {done} of {total}: {method['name']}, seed {seed}")
-            found.setdefault(method["name"], []).append(
+            run.reporter.info(f"run {done} of {total}: {variant.name}, seed {seed}")
+            found.setdefault(variant.name, []).append(
                 _one(one, replace(run, seed=seed, provenance=dict(run.provenance)))
             )
     table, summary = summarise(found)
     _write(root, config, table, summary, seeds, run)
     extra = {"methods": summary, "seeds": list(seeds), "comparison": [table.header, *table.rows]}
-    extra["next"] = f"kdtool evaluate {root / 'runs' / _best(summary)}-seed{seeds[0]} --data {config.data.source}"
+    best = next(variant for variant in variants if variant.name == _best(summary))
+    extra["next"] = f"kdtool evaluate {root / 'runs' / best.folder}-seed{seeds[0]} --data {config.data.source}"
     return Result("compare", root, None, time.perf_counter() - began, None, extra)
 
 
@@ -109,7 +84,7 @@ def _one(config: RunConfig, run: Run) -> dict[str, Any]:
 
 
 def summarise(found: dict[str, list[dict[str, Any]]]) -> tuple[Table, dict[str, Any]]:
-    """Mean and standard deviation over seeds for each method, with the teacher in front."""
+    """Mean and standard deviation over seeds for each method or variant of one, with the teacher in front."""
     metrics = list(next(iter(found.values()))[0]["metrics"]["student"])
     header = ["method", *metrics, "ms/step vs first", "latency"]
     rows: list[list[str]] = []
