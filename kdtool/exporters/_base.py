@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from kdtool.errors import UsageProblem
+from kdtool.modeling.quantized import QuantizedLinear
 from kdtool.models import Loaded
 from kdtool.tasks._base import Batch, Task
 from kdtool.verify import outputs
@@ -92,6 +94,20 @@ def judge(
         return {**parity, "judged_by": "relative_error", "tolerance": INT8_ERROR, "passed": passed, "why": why}
     bound = TOLERANCE[precision] * scale
     return {**parity, "judged_by": "max_abs_diff", "tolerance": bound, "passed": largest <= bound}
+
+
+def check_weights(loaded: Loaded) -> None:
+    """Refuse a model whose quantised maps no graph can hold as they are.
+
+    Raises:
+        UsageProblem: they round their inputs, too.
+    """
+    if any(isinstance(part, QuantizedLinear) and part.dynamic for part in loaded.model.modules()):
+        raise UsageProblem(
+            f"the int8-dynamic weights of '{loaded.ref}' cannot be exported as a graph",
+            why="a kernel of torch rounds their inputs, which other runtimes round otherwise",
+            hint="export the model it was made of with --set method.precision=int8, or quantise to scheme int8 or int4",
+        )
 
 
 def graph_inputs(loaded: Loaded, batch: Batch) -> Batch:

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from kdtool.errors import QualityProblem, UsageProblem
 from kdtool.exporters import _adapter, _graph, _optimum
-from kdtool.exporters._base import ExportReport, judge, save_parts, source_outputs
+from kdtool.exporters._base import ExportReport, check_weights, judge, save_parts, source_outputs
 from kdtool.models import Loaded
 from kdtool.patching.fixed import check_exportable
 from kdtool.run import Run
@@ -70,6 +70,7 @@ def export(
         )
     if settings.embeddings and settings.precision != "int8":
         raise UsageProblem("method.embeddings applies to int8 only", hint="--set method.precision=int8")
+    check_weights(loaded)
     fixed = check_exportable(loaded.model, loaded.ref)
     if fixed and settings.engine == "optimum":
         raise UsageProblem("engine optimum does not export patched attention", hint="--set method.engine=torch")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from kdtool.errors import UsageProblem
 from kdtool.exporters import _adapter
-from kdtool.exporters._base import ExportReport, graph_inputs, judge, save_parts, source_outputs
+from kdtool.exporters._base import ExportReport, check_weights, graph_inputs, judge, save_parts, source_outputs
 from kdtool.models import Loaded
 from kdtool.patching.fixed import patched_layers
 from kdtool.run import Run
@@ -69,6 +69,7 @@ def export(
     """
     openvino = need("openvino")
     settings = Config(**config.method_values)
+    check_weights(loaded)
     if patched_layers(loaded.model):
         raise UsageProblem(f"the patched attention of '{loaded.ref}' is not exported to OpenVINO", hint="--format onnx")
     if config.output.dtype != "keep":

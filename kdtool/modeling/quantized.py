@@ -69,7 +69,12 @@ def pack(codes: Tensor) -> Tensor:
 
 def unpack(packed: Tensor, columns: int) -> Tensor:
     """The inverse of `pack`; any dimensions may stand before the last."""
-    both = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
+    if torch.compiler.is_exporting():
+        whole = packed.int()  # other runtimes have no bitwise kernels for bytes
+        upper = torch.div(whole, 16, rounding_mode="floor")
+        both = torch.stack((whole - 16 * upper, upper), dim=-1).flatten(-2)
+    else:
+        both = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
     return both[..., :columns].to(torch.int8) - _OFFSET
 
 
