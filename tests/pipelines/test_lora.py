@@ -1,6 +1,7 @@
 """LoRA students: only the additions train, runs resume, and the result is a plain model."""
 
-import warnings
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from kdtool.errors import ConfigProblem, UsageProblem
 from kdtool.pipelines.distill import distill, get_ready
 from kdtool.pipelines.setup import make_run
 from kdtool.run import Run, Silent
+from tests.cli.conftest import clean_environment
 
 
 class Stop(Silent):
@@ -48,6 +50,17 @@ def options(models, data, tmp_path):
     return call
 
 
+ALONE = """
+import sys
+import torch
+from peft import PeftModel
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(sys.argv[1]), sys.argv[2]).eval()
+with torch.no_grad():
+    save_file({"logits": model(input_ids=torch.arange(4, 16).view(2, 6)).logits}, sys.argv[3])
+assert not [name for name in sys.modules if name.partition(".")[0] == "kdtool"]
+"""
 PROBE = torch.arange(4, 16).view(2, 6)
 
 
@@ -67,14 +80,15 @@ def test_only_the_additions_train_and_the_result_is_plain(options, models, tmp_p
         assert torch.linalg.matrix_rank(after[name] - before[name], atol=1e-5) <= 2
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert not hasattr(merged, "peft_config")
-    import peft
-
-    base, plain = (transformers.AutoModelForCausalLM.from_pretrained(models("llama-small")) for _ in range(2))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what peft calls in transformers is about to be renamed
-        adapted = peft.PeftModel.from_pretrained(base, tmp_path / "out" / lora.ADAPTER)
-    torch.testing.assert_close(logits_of(adapted), logits_of(merged), rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(logits_of(adapted), logits_of(plain), atol=1e-3)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(models("llama-small"))
+    adapter = tmp_path / "out" / lora.ADAPTER
+    assert {path.name for path in adapter.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+    # by peft alone, in a process of its own
+    words = [sys.executable, "-W", "ignore", "-c", ALONE, str(models("llama-small")), str(adapter), str(tmp_path / "x")]
+    subprocess.run(words, check=True, cwd=tmp_path, env=clean_environment({"HF_HUB_OFFLINE": "1"}))
+    adapted = load_file(tmp_path / "x")["logits"]
+    torch.testing.assert_close(adapted, logits_of(merged), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(adapted, logits_of(plain), atol=1e-3)
 
 
 def test_a_resumed_run_gives_the_same_weights(options, tmp_path):
