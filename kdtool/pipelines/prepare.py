@@ -15,6 +15,7 @@ from kdtool.errors import DataProblem, UsageProblem
 from kdtool.methods._base import Method, Work
 from kdtool.models import Loaded, load_model
 from kdtool.pipelines import setup
+from kdtool.pipelines.asking import learns_from_scores
 from kdtool.registry import METHODS
 from kdtool.run import Run
 from kdtool.saving import save_model
@@ -33,7 +34,7 @@ _MADE = "kept/data"
 
 
 def check_teacher(config: RunConfig) -> None:
-    """Refuse an endpoint or a file as the teacher of a method that needs its outputs.
+    """Refuse an endpoint or a file as the teacher of a method that needs more of it.
 
     Raises:
         UsageProblem: it does, or the reference is wrong.
@@ -45,11 +46,16 @@ def check_teacher(config: RunConfig) -> None:
         if EndpointRef.matches(config.teacher.model):
             EndpointRef.parse(str(config.teacher.model))
         return
+    scores = learns_from_scores(config)
+    if scores and config.train.teacher_cache_dir is not None and config.train.teacher_cache is not False:
+        EndpointRef.parse(str(config.teacher.model))
+        return
     what = "a file" if config.teacher.is_file else "an endpoint"
     fitting = [name for name in METHODS.names() if METHODS.info(name).facts.get("teacher_writes")]
+    more = "; --teacher-cache FOLDER takes its likeliest tokens for kd and supervised-kd" if scores else ""
     raise UsageProblem(
         f"method {config.method_name} needs a teacher in memory, and {what} gives only texts",
-        hint=f"methods that learn from texts: {', '.join(fitting)}",
+        hint=f"methods that learn from texts: {', '.join(fitting)}{more}",
     )
 
 
