@@ -32,6 +32,8 @@ class TeacherSection(Section):
     """Folder, Hub id with an optional @revision; where a method learns from texts also endpoint:URL#MODEL or a file."""
     cache: str | None = None
     """Folder of a teacher cache that stands for the teacher, written cache:FOLDER in place of a model."""
+    generate_with: Literal["transformers", "vllm"] = "transformers"
+    """Who writes the texts of a model in memory before training: transformers, or a vllm process started for it."""
     fine_tune: bool = False
     """Fine-tune the teacher on the task first; the result is cached by fingerprint."""
     fine_tune_what: Literal["all", "head"] = "all"

@@ -47,25 +47,33 @@ class Method(_sequences.SequenceMethod):
     """Whether the rows to train on hold the teacher's texts."""
 
     def prepare(self, data: DataSplits, work: _base.Work) -> DataSplits:
-        """Have a teacher behind an endpoint answer the prompts.
+        """Have a teacher behind an endpoint, or a local one that vllm serves, answer the prompts.
 
         Raises:
-            UsageProblem: the teacher is a file, which is data.
+            UsageProblem: the teacher is a file, which is data; or a setting is for the other kind.
             DataProblem: no prompts.
         """
         teacher, rows, cfg = work.config.teacher, data.train, self.config
-        if not teacher.writes_only:
+        local = not teacher.writes_only
+        if local and teacher.generate_with == "transformers":
             return data
         if teacher.is_file:
             raise UsageProblem("seqkd asks its teacher, and this is a file", hint="--data FILE --method none learns it")
+        if local and cfg.chat:
+            raise UsageProblem(
+                "method.chat is for an endpoint", hint="--set data.chat_template=true for a local teacher"
+            )
         if rows is None or "prompt" not in rows.columns:
-            raise DataProblem("an endpoint answers prompts, and the data has none", hint="--set data.prompt=COLUMN")
+            raise DataProblem("a server answers prompts, and the data has none", hint="--set data.prompt=COLUMN")
         prompts = asked(rows, work.config.data.separator)
         stop = tuple(cfg.stop_strings or ())
         longest = cfg.max_new_tokens or _LONGEST
         style = Style(work.run.seed, cfg.teacher_temperature, cfg.teacher_top_p, longest, stop, cfg.chat)
-        given = prompts if cfg.chat else [apart(prompt, work.config.data.separator) for prompt in prompts]
-        made = annotation.respond(work.folder, work.author, given, style)
+        # a local teacher sees prompts as they are in training, with what comes behind them
+        plain = cfg.chat or local
+        given = prompts if plain else [apart(prompt, work.config.data.separator) for prompt in prompts]
+        author = (lambda: work.writer(self.teacher_list[0])) if local else work.author
+        made = annotation.respond(work.folder, author, given, style)
         self.told = True
         work.facts["respond"] = {"rows": len(made), "empty": sum(not row["response"] for row in made)}
         train = Examples({"prompt": prompts, "response": [row["response"] for row in made]})

@@ -48,7 +48,7 @@ class Fault:
 class Server:
     """The server; use as a context manager."""
 
-    def __init__(self) -> None:
+    def __init__(self, port: int = 0) -> None:
         self.write: Writer = echo
         self.score: Scorer | None = None
         self.names: list[str] | None = None  # texts of the tokens, for clients that do not ask for ids
@@ -71,7 +71,7 @@ class Server:
         class Bound(_Handler):
             server_of = owner
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Bound)
+        self.server = ThreadingHTTPServer(("127.0.0.1", port), Bound)
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
 
