@@ -27,8 +27,13 @@ def main(how: str, notes: Path, words: list[str]) -> None:
     """Serve until the end."""
     options = dict(zip(words[2::2], words[3::2], strict=False))
     note = {"pid": os.getpid(), "words": words, "asked": []}
-    path = notes / f"{len(list(notes.iterdir()))}.json"
-    path.write_text(json.dumps(note))
+    path = notes / f"{len(list(notes.glob('*.json')))}.json"
+
+    def put():
+        path.with_suffix(".part").write_text(json.dumps(note))
+        path.with_suffix(".part").replace(path)
+
+    put()
     if how == "fails":
         print("INFO reading the model", "ValueError: no device was found", sep="\n", flush=True)
         sys.exit(3)
@@ -40,7 +45,7 @@ def main(how: str, notes: Path, words: list[str]) -> None:
         prompt = tokenizer.decode(ids, skip_special_tokens=True)
         with server.lock:
             note["asked"].append(ids)
-            path.write_text(json.dumps(note))
+            put()
         if how == "dies" and len(note["asked"]) > 3:
             print("RuntimeError: engine core died", flush=True)
             os._exit(1)

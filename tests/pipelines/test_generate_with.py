@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import transformers
 
 from tests import chains
-from tests.pipelines.conftest import QUICK, start, wait
+from tests.pipelines.conftest import QUICK
 
 ROOT = Path(__file__).parents[2]
 FEW = ["--max-steps", "2", "--batch-size", "4", "--set", "eval.answers=svamp", "--set", "eval.max_new_tokens=8", *QUICK]
@@ -41,7 +42,7 @@ def vllm(tmp_path, monkeypatch):
     def call(how=None):
         if how is not None:
             monkeypatch.setenv("FAKE_VLLM", how)
-        return [json.loads(path.read_text()) for path in sorted(notes.iterdir())]
+        return [json.loads(path.read_text()) for path in sorted(notes.glob("*.json"))]
 
     return call
 
@@ -130,15 +131,20 @@ def test_what_goes_wrong_is_said_and_what_was_written_kept(place, cli, vllm, tmp
     assert not any(runs(note["pid"]) for note in vllm())
 
 
-def test_ctrl_c_ends_it(place, vllm, tmp_path):
+def test_ctrl_c_ends_it(place, cli, vllm):
     vllm("silent")
-    process = start(*command(place), folder=tmp_path)
-    while not vllm() and process.poll() is None:
-        time.sleep(0.05)
+    alive = []
+
+    def press():
+        while not vllm():
+            time.sleep(0.05)
+        alive.append(runs(vllm()[0]["pid"]))
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=press, daemon=True).start()
+    assert cli(*command(place)).code == 130
     (note,) = vllm()
-    assert runs(note["pid"])
-    process.send_signal(signal.SIGINT)
-    assert wait(process).code == 130
+    assert alive == [True]
     assert not runs(note["pid"])
 
 
