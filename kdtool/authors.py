@@ -4,6 +4,7 @@ An order asks for some texts that go on from one prompt. Every text has a key, a
 a function of the key, the seed and the orders, so that writing can be cut off anywhere and taken up again.
 """
 
+import gc
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -292,15 +293,18 @@ class ServedAuthor:
             raise ModelProblem(f"'{loaded.ref}' is in no folder that vllm could read", hint="save it first")
         prompts = [order.prompt for order in orders]
         tokens = dict(zip(prompts, self.local.encoded(prompts, style), strict=True))
-        longest = max(map(len, tokens.values()))
+        whole = max(map(len, tokens.values())) + style.max_tokens
         # twice, so that a second stage, whose prompts hold texts of the first, needs no other server
-        length = int(min(self.local.positions, 2 * (longest + style.max_tokens)))
+        needed, length = (int(min(self.local.positions, size)) for size in (whole, 2 * whole))
         loaded.model.to("cpu")  # the device is the server's meanwhile
+        if run.device.startswith("cuda"):
+            gc.collect()
+            torch.cuda.empty_cache()
 
         def room(prompt: str) -> tuple[list[int], int]:
-            return tokens[prompt], min(style.max_tokens, length - len(tokens[prompt]))
+            return tokens[prompt], min(style.max_tokens, needed - len(tokens[prompt]))
 
-        reference = self.serving.of(loaded.folder, int(min(self.local.positions, longest + style.max_tokens)), length)
+        reference = self.serving.of(loaded.folder, needed, length)
         try:
             EndpointAuthor(reference, run, room).write(orders, style, known, done)
         except EndpointProblem:

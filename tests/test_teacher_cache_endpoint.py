@@ -213,6 +213,8 @@ BROKEN = {
     "others": (lambda: choice(*[(7, {"token_id:1": -1.0})] * 2), ModelProblem, "or others"),
     "none": (lambda: choice((6, {}), (6, {})), EndpointProblem, "no log-probabilities of likely tokens"),
     "no probabilities": (lambda: choice(*[(6, {"token_id:1": 2.0})] * 2), EndpointProblem, "no log-probabilities of"),
+    "logits": (lambda: choice(*[(6, {"token_id:1": 2000.0})] * 2), EndpointProblem, "no log-probabilities of"),
+    "no id": (lambda: choice(*[(6, {"token_id:" + "1" * 5000: -1.0})] * 2), EndpointProblem, "names tokens by their"),
     "not a number": (lambda: choice(*[(6, {"token_id:1": float("nan")})] * 2), EndpointProblem, "no log-prob"),
 }
 

@@ -20,6 +20,8 @@ _LEAST = 2.0**-20
 """Least mass of all other tokens: what is smaller cannot be told from the rounding of what the server sends."""
 _MOST = 1.01
 """Largest sum of the probabilities of some tokens, with rounding."""
+_DIGITS = 12
+"""More are no id."""
 _EDGES = "\u2581\u0120 "
 """What tokenizers write for the space before a word, which servers may leave out."""
 _UNREADABLE = "\ufffd"
@@ -135,7 +137,7 @@ class Scores:
         ranked = [(self._id(name), value) for name, value in token.top[: self.k]]
         # ids beyond the tokenizer are padding of the server's head: some of the others
         best = [(own, value) for own, value in ranked if own < self.vocabulary and value > -math.inf]
-        mass = sum(math.exp(value) for _, value in best)
+        mass = sum(math.exp(min(value, 1.0)) for _, value in best)  # logits may be large
         if not best or not mass <= _MOST:
             raise EndpointProblem(
                 f"the endpoint {self.reference.url} gives no log-probabilities of likely tokens",
@@ -149,7 +151,8 @@ class Scores:
         found = self._known.get(name)
         if found is None:
             number = name.removeprefix(_ID)
-            found = int(number) if number != name and number.isdigit() else self._by_text(name)
+            plain = number != name and number.isascii() and number.isdigit() and len(number) < _DIGITS
+            found = int(number) if plain else self._by_text(name)
             self._known[name] = found
         return found
 
