@@ -213,6 +213,7 @@ BROKEN = {
     "others": (lambda: choice(*[(7, {"token_id:1": -1.0})] * 2), ModelProblem, "or others"),
     "none": (lambda: choice((6, {}), (6, {})), EndpointProblem, "no log-probabilities of likely tokens"),
     "no probabilities": (lambda: choice(*[(6, {"token_id:1": 2.0})] * 2), EndpointProblem, "no log-probabilities of"),
+    "twice": (lambda: choice(*[(6, {"token_id:1": -1.0, "token_id:01": -2.0})] * 2), EndpointProblem, "no log-prob"),
     "logits": (lambda: choice(*[(6, {"token_id:1": 2000.0})] * 2), EndpointProblem, "no log-probabilities of"),
     "no id": (lambda: choice(*[(6, {"token_id:" + "1" * 5000: -1.0})] * 2), EndpointProblem, "names tokens by their"),
     "not a number": (lambda: choice(*[(6, {"token_id:1": float("nan")})] * 2), EndpointProblem, "no log-prob"),
@@ -229,11 +230,11 @@ def test_answers_that_are_none(models, name):
 def test_ids_beyond_the_tokenizer_are_among_the_others(models):
     """As large heads have, for a round size."""
     places = [(6, {"token_id:99": -0.5, "token_id:3": -1.0, "token_id:4": -3.0}), (6, {"token_id:6": -1e-9})]
+    places.append((6, {"token_id:6": -0.0, "token_id:7": -1e9}))
     reader = scores(models)
-    found = reader.read(choice(*places), [5, 6, 6], np.ones(2, dtype=bool))
-    assert found["ids"].tolist() == [[3, 3], [6, 6]]
-    assert found["values"][:, 0].tolist() == [-1.0, 0.0]
-    assert np.isneginf(found["values"][:, 1]).all()
+    found = reader.read(choice(*places), [5, 6, 6, 6], np.ones(3, dtype=bool))
+    assert found["ids"].tolist() == [[3, 3], [6, 6], [6, 7]]
+    assert found["values"].tolist() == [[-1.0, -np.inf], [0.0, -np.inf], [0.0, -1e4]]
     assert found["rest"][0] == pytest.approx(np.log(1 - np.exp(-1.0)))
     assert found["rest"][1] == pytest.approx(np.log(2.0**-20))  # not -inf: so little cannot be told from rounding
-    assert (reader.few, reader.places) == (2, 2)
+    assert (reader.few, reader.places) == (2, 3)

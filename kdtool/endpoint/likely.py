@@ -18,6 +18,8 @@ from kdtool.errors import EndpointProblem, ModelProblem
 _ID = "token_id:"
 _LEAST = 2.0**-20
 """Least mass of all other tokens: what is smaller cannot be told from the rounding of what the server sends."""
+_LOWEST = -1e4
+"""Least log-probability that is kept; float16 has room for it."""
 _MOST = 1.01
 """Largest sum of the probabilities of some tokens, with rounding."""
 _DIGITS = 12
@@ -136,12 +138,12 @@ class Scores:
         """The k likeliest tokens of a place, and the log of the mass of all others."""
         ranked = [(self._id(name), value) for name, value in token.top[: self.k]]
         # ids beyond the tokenizer are padding of the server's head: some of the others
-        best = [(own, value) for own, value in ranked if own < self.vocabulary and value > -math.inf]
+        best = [(own, max(value, _LOWEST)) for own, value in ranked if own < self.vocabulary and value > -math.inf]
         mass = sum(math.exp(min(value, 1.0)) for _, value in best)  # logits may be large
-        if not best or not mass <= _MOST:
+        if not mass <= _MOST or len({own for own, _ in best}) < max(1, len(best)):
             raise EndpointProblem(
                 f"the endpoint {self.reference.url} gives no log-probabilities of likely tokens",
-                why=f"they add up to {mass:.3g}" if best else None,
+                why=f"those of {len(best)} tokens, or of some of them twice, add up to {mass:.3g}" if best else None,
                 hint="vllm serve gives them with --logprobs-mode raw_logprobs, its default",
             )
         return best, -math.inf if len(best) == self.vocabulary else math.log(max(1.0 - mass, _LEAST))
