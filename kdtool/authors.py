@@ -4,15 +4,16 @@ An order asks for some texts that go on from one prompt. Every text has a key, a
 a function of the key, the seed and the orders, so that writing can be cut off anywhere and taken up again.
 """
 
+import gc
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from kdtool.endpoint import Ask, EndpointRef, Sampling
-from kdtool.errors import ModelProblem
+from kdtool.errors import EndpointProblem, ModelProblem
 from kdtool.generation import (
     CachedModel,
     EncoderDecoder,
@@ -27,6 +28,9 @@ from kdtool.models import Loaded, weights_hash
 from kdtool.run import Run
 from kdtool.tasks._text import padding_id
 from kdtool.tasks._writing import decoder_start
+
+if TYPE_CHECKING:
+    from kdtool.endpoint.serving import Serving
 
 Key = tuple[int, ...]
 """Names a text: number of the question, number of the sample."""
@@ -120,7 +124,7 @@ class LocalAuthor:
     def write(self, orders: Sequence[Order], style: Style, known: Callable[[Order], bool], done: Done) -> None:
         """Write batch by batch; batches with nothing new are passed over."""
         model: Any = self.loaded.model.to(self.run.device).eval()
-        encoded = self._encoded([order.prompt for order in orders], style, model)
+        encoded = self.encoded([order.prompt for order in orders], style)
         for number, chosen in enumerate(batches := self._batches(orders, encoded)):
             if not all(known(orders[i]) for i in chosen):
                 texts = iter(self._texts(model, [(encoded[i], key) for i in chosen for key in orders[i].keys], style))
@@ -128,7 +132,7 @@ class LocalAuthor:
                     done(orders[i], [next(texts) for _ in orders[i].keys])
             self.run.reporter.progress("writing", number + 1, len(batches), {})
 
-    def _encoded(self, prompts: Sequence[str], style: Style, model: Any) -> list[list[int]]:
+    def encoded(self, prompts: Sequence[str], style: Style) -> list[list[int]]:
         """Token ids of prompts, which leave room for a text.
 
         Raises:
@@ -146,11 +150,16 @@ class LocalAuthor:
         else:
             begin = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
             encoded = [begin + ids for ids in tokenizer(list(prompts), add_special_tokens=False)["input_ids"]]
-        limit = getattr(model.config, "max_position_embeddings", None) or math.inf
         longest = max(map(len, encoded), default=0)
-        if longest + 1 > limit:
-            raise ModelProblem(f"'{self.loaded.ref}' takes {limit} tokens, and a prompt has {longest}")
+        if longest + 1 > self.positions:
+            raise ModelProblem(f"'{self.loaded.ref}' takes {self.positions} tokens, and a prompt has {longest}")
         return encoded
+
+    @property
+    def positions(self) -> float:
+        """Most tokens that the model takes."""
+        config: Any = self.loaded.model.config
+        return getattr(config, "max_position_embeddings", None) or math.inf
 
     def _batches(self, orders: Sequence[Order], encoded: Sequence[Sequence[int]]) -> list[list[int]]:
         """Numbers of orders, batch by batch, long prompts first: what does not fit shows at once."""
@@ -196,7 +205,7 @@ class LocalAuthor:
         vocabulary = min(len(self.loaded.processor), len(model.get_output_embeddings().weight))
         if model.config.is_encoder_decoder:
             return EncoderDecoder(model, decoder_start(model), vocabulary), math.inf
-        return CachedModel(model, vocabulary), getattr(model.config, "max_position_embeddings", None) or math.inf
+        return CachedModel(model, vocabulary), self.positions
 
 
 def cut(text: str, stop: Sequence[str]) -> str:
@@ -210,16 +219,20 @@ class EndpointAuthor:
     Args:
         reference: Address and model.
         run: Context.
+        tokens: From a prompt to its token ids and the most that may follow them; by default the server cuts the text.
 
     Raises:
         EndpointProblem, ModelProblem: the server is not there, or does not have the model.
     """
 
-    def __init__(self, reference: EndpointRef, run: Run) -> None:
+    def __init__(
+        self, reference: EndpointRef, run: Run, tokens: Callable[[str], tuple[list[int], int]] | None = None
+    ) -> None:
         from kdtool.endpoint.client import Endpoint
 
         self.reference = reference
         self.run = run
+        self.tokens = tokens
         Endpoint(reference, run, Sampling()).check()
 
     def facts(self) -> dict[str, Any]:
@@ -235,8 +248,12 @@ class EndpointAuthor:
         finished = len(orders) - len(open_)
 
         def ask(order: Order) -> Ask:
+            count, seed = len(order.keys), seeds(style.seed, order.keys[0])
+            if self.tokens is not None:
+                ids, room = self.tokens(order.prompt)
+                return Ask(ids, count, seed, room)
             prompt = [{"role": "user", "content": order.prompt}] if style.chat else order.prompt
-            return Ask(prompt, len(order.keys), seeds(style.seed, order.keys[0]))
+            return Ask(prompt, count, seed)
 
         def take(number: int, choices: Any) -> None:
             nonlocal finished
@@ -245,6 +262,54 @@ class EndpointAuthor:
             self.run.reporter.progress("asking", finished, len(orders), {})
 
         Endpoint(self.reference, self.run, sampling).ask_all(map(ask, open_), take)
+
+
+class ServedAuthor:
+    """A model of this machine whose texts a `vllm serve` process writes, from the same tokens; see `Author`.
+
+    Args:
+        local: The model in memory, which makes the tokens of prompts.
+        serving: Starts the server when there is something to write.
+    """
+
+    def __init__(self, local: LocalAuthor, serving: "Serving") -> None:
+        self.local, self.serving = local, serving
+
+    def facts(self) -> dict[str, Any]:
+        """As of the model in memory, and who writes."""
+        return {**self.local.facts(), "written_by": "vllm"}
+
+    def write(self, orders: Sequence[Order], style: Style, known: Callable[[Order], bool], done: Done) -> None:
+        """Serve the model, and ask for what is not known.
+
+        Raises:
+            ModelProblem: the model is in no folder.
+            EndpointProblem: the server ends, or refuses.
+        """
+        loaded, run = self.local.loaded, self.local.run
+        if all(map(known, orders)):
+            return
+        if loaded.folder is None:
+            raise ModelProblem(f"'{loaded.ref}' is in no folder that vllm could read", hint="save it first")
+        prompts = [order.prompt for order in orders]
+        tokens = dict(zip(prompts, self.local.encoded(prompts, style), strict=True))
+        whole = max(map(len, tokens.values())) + style.max_tokens
+        # twice, so that a second stage, whose prompts hold texts of the first, needs no other server
+        needed, length = (int(min(self.local.positions, size)) for size in (whole, 2 * whole))
+        loaded.model.to("cpu")  # the device is the server's meanwhile
+        if run.device.startswith("cuda"):
+            gc.collect()
+            torch.cuda.empty_cache()
+
+        def room(prompt: str) -> tuple[list[int], int]:
+            return tokens[prompt], min(style.max_tokens, needed - len(tokens[prompt]))
+
+        reference = self.serving.of(loaded.folder, needed, length)
+        try:
+            EndpointAuthor(reference, run, room).write(orders, style, known, done)
+        except EndpointProblem:
+            self.serving.check()
+            raise
 
 
 def provenance(facts: Mapping[str, Any], style: Style, prompt: str, key: Key) -> dict[str, Any]:

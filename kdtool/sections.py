@@ -29,9 +29,11 @@ class TeacherSection(Section):
     """The model to learn from (or, for one-model commands, the model itself)."""
 
     model: str | None = None
-    """Folder, Hub id with an optional @revision; where a method learns from texts also endpoint:URL#MODEL or a file."""
+    """Folder, or Hub id with an optional @revision; or endpoint:URL#MODEL; for methods that learn texts also a file."""
     cache: str | None = None
     """Folder of a teacher cache that stands for the teacher, written cache:FOLDER in place of a model."""
+    generate_with: Literal["transformers", "vllm"] = "transformers"
+    """Who writes the texts of a model in memory before training: transformers, or a vllm process started for it."""
     fine_tune: bool = False
     """Fine-tune the teacher on the task first; the result is cached by fingerprint."""
     fine_tune_what: Literal["all", "head"] = "all"
@@ -195,7 +197,7 @@ class TrainSection(Section):
     teacher_cache_dir: str | None = None
     """Folder of a cache to fill and to share between runs (default: inside the unfinished output)."""
     teacher_cache_top_k: int | None = Field(None, gt=0)
-    """Keep only so many of the likeliest tokens of a language model; such a cache can stand for the teacher."""
+    """Keep only so many of the likeliest tokens of a language model (default: all, or 20 of an endpoint)."""
     teacher_cache_limit: int = Field(default=4096, gt=0)
     """Largest size of a cache in MiB."""
     log_every: int = Field(10, gt=0)

@@ -105,7 +105,7 @@ def fingerprint(
     """
     config: Any = teacher.model.config
     views = {"views": augment.model_dump_json()} if augment is not None and augment.active else {}
-    about = {} if kept is None else described(teacher, kept)
+    about = {} if kept is None else described(teacher.ref, teacher.revision, teacher.processor, kept)
     return (
         views
         | about
@@ -117,20 +117,37 @@ def fingerprint(
             "precision": run.dtype or "float32",
             "device": run.device.split(":")[0],
             "torch": torch.__version__.split("+")[0],
-            "chunk": str(CHUNK),
-            "layout": "3",
         }
+        | _form()
     )
 
 
-def described(teacher: Loaded, kept: Kept) -> dict[str, str]:
+def served_fingerprint(model: str, address: str, tokenizer: Any, data: Examples, kept: Kept) -> dict[str, str]:
+    """What is known of a teacher behind an endpoint, and of what it is asked; a server does not say its weights.
+
+    Args:
+        model: Name by which the server knows it.
+        address: Of the server.
+        tokenizer: Of the rows.
+        data: Encoded training rows.
+        kept: What is kept.
+    """
+    return described(model, None, tokenizer, kept) | {"endpoint": address, "data": data_hash(data)} | _form()
+
+
+def _form() -> dict[str, str]:
+    """How the cache is laid out."""
+    return {"chunk": str(CHUNK), "layout": "3"}
+
+
+def described(model: str, revision: str | None, tokenizer: Any, kept: Kept) -> dict[str, str]:
     """What a cache that can stand for its teacher says of it."""
     return {
-        "model": teacher.ref,
-        "revision": teacher.revision or "",
-        "tokenizer": tokenizer_hash(teacher.processor),
-        "vocabulary": str(len(teacher.processor)),
-        "k": str(min(kept.k, len(teacher.processor))),
+        "model": model,
+        "revision": revision or "",
+        "tokenizer": tokenizer_hash(tokenizer),
+        "vocabulary": str(len(tokenizer)),
+        "k": str(min(kept.k, len(tokenizer))),
         "temperature": repr(kept.temperature),
         "formats": "values float16, ids int32, rest float32",
     }
@@ -176,7 +193,7 @@ class TeacherCache:
     Args:
         folder: Where the cache lives or will live.
         task: Runs the teacher.
-        teacher: The teacher, on the run's device; None where the cache stands for it.
+        teacher: The teacher, on the run's device; None where the cache stands for it, or is told.
         data: Encoded training rows.
         run: Context.
         index: Number of the teacher among the method's teachers.
@@ -185,6 +202,7 @@ class TeacherCache:
         views: Makes the altered rows of which it holds what the teacher says, `views.count` for each row;
             None for the rows as they are.
         kept: What is kept of a language model; None for all logits.
+        told: Whether `put` fills it, in place of a teacher.
 
     Raises:
         ConfigProblem: the folder holds the cache of something else, or of not all rows without a teacher.
@@ -204,8 +222,10 @@ class TeacherCache:
         limit: int,
         views: Views | None = None,
         kept: Kept | None = None,
+        told: bool = False,
     ) -> None:
         self.views, self.kept, self.folder = views, kept, folder
+        self.closed = teacher is None and not told
         self.size = len(data) * (views.count if views else 1)
         self.task, self.teacher, self.data, self.run, self.index = task, teacher, data, run, index
         self.chunks = ordered_batches(None if views else data.lengths, self.size, CHUNK)
@@ -225,7 +245,7 @@ class TeacherCache:
         self._open(marks, width, max(1, math.ceil(size / _SHARD)) if kept else 1)
         # chunks that this process has checked or computed, and whether these are all
         self.known, self.complete = np.zeros(len(self.chunks), dtype=bool), False
-        if teacher is None and self.share < 1:
+        if self.closed and self.share < 1:
             raise ConfigProblem(
                 f"the teacher cache {folder} holds {self.share:.0%} of the rows, and there is no teacher to ask",
                 hint=_FILL,
@@ -271,7 +291,7 @@ class TeacherCache:
                 )
         facts = dict(marks) if self.kept else None
         if not known.is_file() or not all(is_whole(path, shapes, facts) for path, _, shapes in files):
-            if self.teacher is None:
+            if self.closed:
                 raise ConfigProblem(f"the teacher cache {folder} is damaged", why="a file is missing or cut short")
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -291,7 +311,7 @@ class TeacherCache:
 
     def _mapped(self, paths: Sequence[Path]) -> list[dict[str, np.ndarray]]:
         """The files' tensors; where they cannot be written, what is written stays in this process."""
-        mode: Literal["c", "r+"] = "c" if self.teacher is None else "r+"
+        mode: Literal["c", "r+"] = "c" if self.closed else "r+"
         try:
             return [mapped(path, mode) for path in paths]
         except OSError as error:
@@ -352,19 +372,27 @@ class TeacherCache:
         Raises:
             ConfigProblem: it is, and there is no teacher to ask.
         """
-        places = self._places(self.chunks[chunk])
-        if not self._is_sound(chunk, places):
+        if not self._is_sound(chunk):
             if self.teacher is None:
                 raise ConfigProblem(f"the teacher cache {self.folder} is damaged", why="a checksum does not fit")
-            found = self._run_teacher(self.chunks[chunk])
-            for name, values in found.items():
-                self.held.write(name, places, values)
-            self.sums[chunk] = _checksum(found)
+            self.put(chunk, self._run_teacher(self.chunks[chunk]))
         self.known[chunk] = True
 
-    def _is_sound(self, chunk: int, places: np.ndarray) -> bool:
+    def missing(self) -> list[int]:
+        """Numbers of the chunks that are missing or damaged."""
+        return [chunk for chunk in range(len(self.chunks)) if not self._is_sound(chunk)]
+
+    def put(self, chunk: int, found: Mapping[str, np.ndarray]) -> None:
+        """Fill a chunk: the units of its rows, in order, by the names of the tensors."""
+        places = self._places(self.chunks[chunk])
+        for name, values in found.items():
+            self.held.write(name, places, values)
+        self.sums[chunk] = _checksum(found)
+
+    def _is_sound(self, chunk: int) -> bool:
         if not self.sums[chunk]:
             return False
+        places = self._places(self.chunks[chunk])
         found = {name: self.held.read(name, places) for name in self.held.parts[0]}
         return bool(_checksum(found) == self.sums[chunk])
 

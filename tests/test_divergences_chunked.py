@@ -307,6 +307,22 @@ def test_gradients_of_kept_tokens_by_finite_differences(kind):
     check_slopes(lambda: compare(hidden, Head(matrix), given, None, which, rows=2)[0], (hidden, matrix))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_places_that_are_filled_up_change_nothing(kind):
+    (hidden, matrix, _), teacher, _ = made()
+    which = Divergence(kind, 0.3, 0.2, 1.7)
+    plain = TopK.of(logits_of(teacher), 3, 1.7)
+    empty = torch.full_like(plain.log_probs[:, :2], -torch.inf)
+    ids = torch.cat([plain.ids, plain.ids[:, :1], plain.ids[:, 2:]], 1)
+    filled = TopK(torch.cat([plain.log_probs, empty], 1), ids, plain.rest)
+    results = []
+    for told in (plain, filled):
+        total, _, _ = compare(hidden, Head(matrix), told, None, which)
+        results.append([total.detach(), *torch.autograd.grad(total, (hidden, matrix))])
+    for left, right in zip(*results, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-13)  # sums of other widths
+
+
 def test_a_student_that_knows_nothing_but_kept_tokens_stays_finite():
     student = torch.full((1, 5), -torch.inf)
     student[0, :2] = 0.0

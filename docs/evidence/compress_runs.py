@@ -106,19 +106,28 @@ def draw(made: list[dict[str, Any]], path: Path) -> None:
 
     figure = _plots.new_figure(6.4, 4.2)
     axes = figure.subplots()
+    labels: list[tuple[float, float, str]] = []
     for row in made:
         before = row["before"]
         if "error" in before:
             continue
-        size = before["model"]["bytes"] / 1e6
-        axes.plot(size, before["metrics"]["student"]["accuracy"], "o", color=_plots.TEACHER, markersize=5)
+        size, cut = before["model"]["bytes"] / 1e6, before["metrics"]["student"]["accuracy"]
+        axes.plot(size, cut, "o", color=_plots.TEACHER, markersize=5)
         scores = [after["metrics"]["student"]["accuracy"] for after in row["after"] if "error" not in after]
+        top = statistics.mean(scores) if scores else cut
         if scores:
-            mean = statistics.mean(scores)
-            axes.plot([size, size], [before["metrics"]["student"]["accuracy"], mean], color="#c8c8c8", linewidth=1.0)
-            axes.plot(size, mean, "o", color=_plots.STUDENT, markersize=6)
-        top = statistics.mean(scores) if scores else before["metrics"]["student"]["accuracy"]
-        axes.annotate(row["name"], (size, top), fontsize=7, xytext=(3, 3), textcoords="offset points")
+            axes.plot([size, size], [cut, top], color="#c8c8c8", linewidth=1.0)
+            axes.plot(size, top, "o", color=_plots.STUDENT, markersize=6)
+        labels.append((top, size, row["name"].removeprefix("quantize ")))
+    placed: list[tuple[float, float, float]] = []
+    for top, size, name in sorted(labels, reverse=True):  # a label goes below those that it would cover
+        end = size + 0.2 * len(name)
+        height = top
+        for first, last, y in placed:
+            if first < end and size < last and abs(y - height) < 0.028:
+                height = y - 0.028
+        placed.append((size, end, height))
+        axes.annotate(name, (size + 0.3, height), fontsize=7, verticalalignment="center")
     whole = next(row["before"]["teacher"] for row in made if "error" not in row["before"])
     axes.axvline(whole["bytes"] / 1e6, color="#8a8a8a", linestyle=":", linewidth=1.0)
     axes.set_xlabel("file size (MB); dotted: the model itself")

@@ -4,7 +4,8 @@ Usage: python docs/evidence/make_longer.py MODEL POSITIONS FOLDER
 
 A learned table of positions is interpolated linearly: the new position p stands where p (old - 1) / (new - 1) stood.
 Rotary positions are divided by the same factor (Chen et al. 2023, arXiv:2306.15595). Neighbours come closer than the
-model has ever seen them, so it reads long inputs, and less well than one that was trained on them.
+model has ever seen them, so it reads long inputs, and less well than one that was trained on them. Dropout of
+attention weights is switched off: with it torch's CPU kernel forms them all when the model is trained.
 """
 
 import sys
@@ -35,6 +36,9 @@ def main(reference: str, positions: int, folder: Path) -> None:
     inner = getattr(config, "backbone_config", None) or config
     before = inner.max_position_embeddings
     inner.max_position_embeddings = positions
+    for key in ("attention_probs_dropout_prob", "attention_dropout"):
+        if getattr(inner, key, None):
+            setattr(inner, key, 0.0)
     rope = getattr(inner, "rope_parameters", None)
     if rope:
         inner.rope_parameters = {**rope, "rope_type": "linear", "factor": positions / before}

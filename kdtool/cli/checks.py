@@ -169,6 +169,10 @@ def check_output(config: RunConfig) -> None:
     if folder.exists() and not folder.is_dir():
         raise UsageProblem(f"output '{folder}' is a file", hint="give a folder with -o")
     _check_not_an_input(config, folder)
+    cache = config.train.teacher_cache_dir
+    if cache is not None and Path(cache).expanduser().resolve() == folder.resolve():
+        # the files of a cache would be taken for old weights, and removed
+        raise UsageProblem(f"output folder '{folder}' is the folder of the teacher cache", hint="give another with -o")
     # `.kdtool` alone is an unfinished run, or what a kill left of claiming the folder
     filled = folder.is_dir() and any(path.name != MARKER.partition("/")[0] for path in folder.iterdir())
     if filled and not config.output.overwrite and not (folder / MARKER).is_file():

@@ -29,6 +29,7 @@ def distill(
     revision: o.Revision = None,
     student_revision: o.StudentRevision = None,
     fine_tune_teacher: o.FineTuneTeacher = None,
+    generate_with: o.GenerateWith = None,
     device: o.Device = None,
     dtype: o.Dtype = None,
     data: o.Data = None,

@@ -70,6 +70,10 @@ StudentRevision = Annotated[
 FineTuneTeacher = Annotated[
     bool | None, _option("--fine-tune-teacher", panel=MODEL, text="Fine-tune the teacher on the data first.")
 ]
+GenerateWith = Annotated[
+    Literal["transformers", "vllm"] | None,
+    _option("--generate-with", panel=MODEL, text="Who writes texts of a local teacher (default transformers)."),
+]
 Device = Annotated[
     str | None,
     _option(
@@ -324,6 +328,7 @@ AllowPickle = Annotated[
 KEYS: Mapping[str, str] = {
     "teacher": "teacher.model",
     "fine_tune_teacher": "teacher.fine_tune",
+    "generate_with": "teacher.generate_with",
     "student": "student.model",
     "data": "data.source",
     "task": "data.task",

@@ -16,8 +16,9 @@ class TopK:
     equals it where k is the size of the vocabulary.
 
     Attributes:
-        log_probs: Log-probabilities [tokens, k] at the temperature of the divergence.
-        ids: Their token ids [tokens, k].
+        log_probs: Log-probabilities [tokens, k] at the temperature of the divergence; where fewer tokens are known,
+            -inf fills up.
+        ids: Their token ids [tokens, k], different in a row; what fills up has that of any other.
         rest: Log-probability [tokens] of all other tokens together; -inf where there are none.
     """
 
@@ -49,16 +50,17 @@ class TopK:
         Returns:
             Values [rows] and gradients [rows, vocabulary].
         """
-        ids = self.ids.long()
+        ids, absent = self.ids.long(), self.log_probs.isneginf()
         if which.temperature != 1.0:
             student.div_(which.temperature)
         q = normalize_(student)
-        own = q.gather(1, ids)
+        own = q.gather(1, ids).masked_fill_(absent, 0.0)
         # summed, not 1 - the kept: that would lose small masses to rounding
         rest = q.scatter_(1, ids, 0.0).sum(-1, keepdim=True)
-        log_q = torch.cat([student.gather(1, ids), rest.log().clamp_min_(LEAST)], 1)
+        log_q = torch.cat([student.gather(1, ids).masked_fill_(absent, LEAST), rest.log().clamp_min_(LEAST)], 1)
         log_p = torch.cat([self.log_probs, self.rest[:, None]], 1).to(student.dtype)
         value, slope = which.apart(log_q, torch.cat([own, rest], 1), log_p, normalize_(log_p))
         # a logit of the rest moves its outcome by the logit's share of it
-        gradient = q.mul_(slope[:, -1:] / rest.clamp_min(torch.finfo(q.dtype).tiny)).scatter_(1, ids, slope[:, :-1])
+        # added, not put: what fills up has the id of another
+        gradient = q.mul_(slope[:, -1:] / rest.clamp_min(torch.finfo(q.dtype).tiny)).scatter_add_(1, ids, slope[:, :-1])
         return value, gradient if which.temperature == 1.0 else gradient.div_(which.temperature)

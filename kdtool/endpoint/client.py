@@ -278,6 +278,8 @@ class Endpoint:
             429: "wait, or set KDTOOL_ENDPOINT_PARALLEL to fewer questions at a time; what was answered is kept",
         }
         hint = hints.get(fault.status)
+        if fault.status == 400 and "logprobs" in fault.said:
+            hint = "ask for fewer: --set train.teacher_cache_top_k=K; or start the server with --max-logprobs K (vLLM)"
         if fault.unreachable:
             hint = "start the server, or check the address"
         elif hint is None and fault.passes:

@@ -34,6 +34,8 @@ class Sampling:
         top_p: Nucleus.
         stop: Texts that end an answer, without belonging to it.
         top_logprobs: How many of the most likely tokens to report at each place; 0 for none.
+        echo: Report those of the prompt, too, before the answer, in one document.
+        as_ids: Name tokens by their ids, as `token_id:5`, where the server knows how to.
     """
 
     max_tokens: int = 512
@@ -41,6 +43,8 @@ class Sampling:
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
     top_logprobs: int = 0
+    echo: bool = False
+    as_ids: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +52,16 @@ class Ask:
     """One question to the server.
 
     Attributes:
-        prompt: Text to go on from (completions), or messages with `role` and `content` (chat completions).
+        prompt: Text or token ids to go on from (completions), or messages with `role` and `content` (chat completions).
         n: How many answers.
         seed: Seed of the draws, for servers that know one.
+        max_tokens: Longest text, where it is not that of the sampling.
     """
 
-    prompt: str | Sequence[Mapping[str, str]]
+    prompt: str | Sequence[int] | Sequence[Mapping[str, str]]
     n: int = 1
     seed: int | None = None
+    max_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,22 +99,27 @@ def request(model: str, ask: Ask, sampling: Sampling) -> tuple[str, dict[str, An
     body: dict[str, Any] = {
         "model": model,
         "n": ask.n,
-        "max_tokens": sampling.max_tokens,
+        "max_tokens": sampling.max_tokens if ask.max_tokens is None else ask.max_tokens,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
-        "stream": True,
+        "stream": not sampling.echo,
     }
     if sampling.stop:
         body["stop"] = list(sampling.stop)
     if ask.seed is not None:
         body["seed"] = ask.seed
-    if isinstance(ask.prompt, str):
+    if sampling.as_ids:
+        body["return_tokens_as_token_ids"] = True
+    messages = [dict(message) for message in ask.prompt if isinstance(message, Mapping)]
+    if messages:
         if sampling.top_logprobs:
-            body["logprobs"] = sampling.top_logprobs
-        return "/completions", body | {"prompt": ask.prompt}
+            body |= {"logprobs": True, "top_logprobs": sampling.top_logprobs}
+        return "/chat/completions", body | {"messages": messages}
     if sampling.top_logprobs:
-        body |= {"logprobs": True, "top_logprobs": sampling.top_logprobs}
-    return "/chat/completions", body | {"messages": [dict(message) for message in ask.prompt]}
+        body["logprobs"] = sampling.top_logprobs
+    if sampling.echo:
+        body["echo"] = True
+    return "/completions", body | {"prompt": ask.prompt if isinstance(ask.prompt, str) else list(ask.prompt)}
 
 
 class Answer:

@@ -256,18 +256,33 @@ class SequenceMethod(_base.Method):
             teacher: Repairs.
             key: Numbers that the draws depend on, besides the row (default: those of the step).
         """
+        numbers = self.key(progress) if key is None else key
+        return self.text(batch, progress, settings, self.drawn(batch, settings, writer, teacher, numbers), teacher)
+
+    @torch.no_grad()
+    def drawn(
+        self, batch: Batch, settings: Interleaving, writer: Scorer, teacher: Scorer | None, key: Sequence[int]
+    ) -> Generated:
+        """What goes on from the prompts; see `write`."""
         first, room = self.prompts(batch)
         most = self.config.max_new_tokens
         limits = room if most is None else (self.positions - first).clamp_max(most)
         places = torch.arange(int(first.max()), device=first.device) - (int(first.max()) - first)[:, None]
         start = batch["input_ids"].gather(1, places.clamp_min(0))
-        numbers = [[*(self.key(progress) if key is None else key), int(row)] for row in batch[ROWS]]
+        numbers = [[*key, int(row)] for row in batch[ROWS]]
         training = self.student.training
         self.student.eval()
         out = generate(
             writer, teacher, start, (places >= 0).long(), uniforms(numbers, max(1, int(limits.max()))), settings, limits
         )
         self.student.train(training)
+        return out
+
+    def text(
+        self, batch: Batch, progress: float, settings: Interleaving, out: Generated, teacher: Scorer | None = None
+    ) -> Text:
+        """Prompts and what goes on from them, with what is logged of it; see `write`."""
+        first, _ = self.prompts(batch)
         text = _joined(batch["input_ids"], first, out, settings)
         if teacher is not None:
             size = out.valid.sum().float()

@@ -1,11 +1,12 @@
 """Sequence-level distillation: learn the texts that the teacher writes (SeqKD).
 
 The teacher goes on from each prompt once; the student learns its tokens by cross-entropy. A teacher in
-memory writes token ids during training; one behind an endpoint answers all prompts before it.
+memory writes token ids during the first epoch; one behind an endpoint, or served by vllm, answers all prompts before.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
@@ -15,7 +16,9 @@ from kdtool.data.examples import DataSplits, Examples
 from kdtool.errors import DataProblem, UsageProblem
 from kdtool.generation import Warp
 from kdtool.methods import _base, _sequences
-from kdtool.tasks._base import Batch
+from kdtool.methods._once import Once
+from kdtool.models import Loaded
+from kdtool.tasks._base import ROWS, Batch, Task
 from kdtool.tasks._prompts import apart, asked
 
 _LONGEST = 512
@@ -46,26 +49,38 @@ class Method(_sequences.SequenceMethod):
     told = False
     """Whether the rows to train on hold the teacher's texts."""
 
+    def __init__(self, config: Any, student: Loaded, teachers: Sequence[Loaded], task: Task) -> None:
+        super().__init__(config, student, teachers, task)
+        self.once = Once(student.processor)
+
     def prepare(self, data: DataSplits, work: _base.Work) -> DataSplits:
-        """Have a teacher behind an endpoint answer the prompts.
+        """Have a teacher behind an endpoint, or a local one that vllm serves, answer the prompts.
 
         Raises:
-            UsageProblem: the teacher is a file, which is data.
+            UsageProblem: the teacher is a file, which is data; or a setting is for the other kind.
             DataProblem: no prompts.
         """
         teacher, rows, cfg = work.config.teacher, data.train, self.config
-        if not teacher.writes_only:
+        local = not teacher.writes_only
+        if local and teacher.generate_with == "transformers":
             return data
         if teacher.is_file:
             raise UsageProblem("seqkd asks its teacher, and this is a file", hint="--data FILE --method none learns it")
+        if local and cfg.chat:
+            raise UsageProblem(
+                "method.chat is for an endpoint", hint="--set data.chat_template=true for a local teacher"
+            )
         if rows is None or "prompt" not in rows.columns:
-            raise DataProblem("an endpoint answers prompts, and the data has none", hint="--set data.prompt=COLUMN")
+            raise DataProblem("a server answers prompts, and the data has none", hint="--set data.prompt=COLUMN")
         prompts = asked(rows, work.config.data.separator)
         stop = tuple(cfg.stop_strings or ())
         longest = cfg.max_new_tokens or _LONGEST
         style = Style(work.run.seed, cfg.teacher_temperature, cfg.teacher_top_p, longest, stop, cfg.chat)
-        given = prompts if cfg.chat else [apart(prompt, work.config.data.separator) for prompt in prompts]
-        made = annotation.respond(work.folder, work.author, given, style)
+        # a local teacher sees prompts as they are in training, with what comes behind them
+        plain = cfg.chat or local
+        given = prompts if plain else [apart(prompt, work.config.data.separator) for prompt in prompts]
+        author = (lambda: work.writer(self.teacher_list[0])) if local else work.author
+        made = annotation.respond(work.folder, author, given, style)
         self.told = True
         work.facts["respond"] = {"rows": len(made), "empty": sum(not row["response"] for row in made)}
         train = Examples({"prompt": prompts, "response": [row["response"] for row in made]})
@@ -75,5 +90,19 @@ class Method(_sequences.SequenceMethod):
         """Cross-entropy with what the teacher wrote."""
         if self.told:
             return self.learn(self.given(batch), weight=0.0, ce_weight=1.0)
+        return self.learn(self.answers(batch, progress), weight=0.0, ce_weight=1.0)
+
+    def answers(self, batch: Batch, progress: float) -> _sequences.Text:
+        """The teacher's texts; of rows seen before those that it wrote then."""
         warp = Warp(self.config.teacher_temperature, self.config.teacher_top_p)
-        return self.learn(self.taught(batch, progress, warp), weight=0.0, ce_weight=1.0)
+        if not self.training:
+            return self.taught(batch, progress, warp)
+        if self.folder is not None:
+            self.once.open(self.folder / "data")
+        settings, rows = self.sampling(student=warp), batch[ROWS].tolist()
+        new = self.once.missing(rows)
+        if new:
+            part = {name: value[new] for name, value in batch.items()}
+            teacher = self.scorer(self.teacher_list[0].model)
+            self.once.add([rows[i] for i in new], self.drawn(part, settings, teacher, None, [int(self.seed)]))
+        return self.text(batch, progress, settings, self.once.of(rows, settings.pad, batch["input_ids"].device))

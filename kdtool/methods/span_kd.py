@@ -76,7 +76,8 @@ class Method(_groups.GroupMethod):
 
     def __init__(self, config: Config, student: Loaded, teachers: Sequence[Loaded], task: Task) -> None:
         super().__init__(config, student, teachers, task)
-        pairs = matched(student.processor, teachers[0].processor)
+        # without a teacher in memory it is refused later, as every method that needs all logits
+        pairs = matched(student.processor, (teachers or [student])[0].processor)
         self.ids: list[Any] = [torch.from_numpy(ids) for ids in pairs]
         """Tokens that both have, by the student's and the teacher's ids."""
 

@@ -82,7 +82,7 @@ def dequantize(codes: Tensor, scale: Tensor, columns: int) -> Tensor:
     """The numbers [..., columns] that codes and scale [..., groups] stand for, in the number format of the scale."""
     whole = codes if codes.dtype == torch.int8 else unpack(codes, columns)
     groups = scale.shape[-1]
-    parts = whole.to(scale.dtype).unflatten(-1, (groups, columns // groups))
+    parts: Tensor = whole.to(scale.dtype).unflatten(-1, (groups, columns // groups))  # type: ignore[no-untyped-call]
     return (parts * scale.unsqueeze(-1)).flatten(-2)
 
 

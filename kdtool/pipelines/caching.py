@@ -7,6 +7,7 @@ from typing import Any
 from kdtool.errors import ConfigProblem, UsageProblem
 from kdtool.models import Loaded
 from kdtool.pipelines import setup
+from kdtool.pipelines.asking import filled, learns_from_scores
 from kdtool.run import Run
 from kdtool.sections import RunConfig
 from kdtool.teacher_cache import (
@@ -31,8 +32,10 @@ def attach_cache(trainer: Trainer, teacher: Loaded | None, config: RunConfig, ru
     Raises:
         ConfigProblem, UsageProblem: the cache belongs to another run, is too large, or the method cannot use it.
     """
-    if config.teacher.cache is not None:
-        trainer.method.caches[0] = _instead(trainer, config, run)
+    if config.teacher.cache is not None or learns_from_scores(config):
+        known = config.teacher.cache
+        folder = filled(trainer, config, run) if known is None else Path(known).expanduser()
+        trainer.method.caches[0] = _instead(folder, trainer, config, run)
         return
     train, method = config.train, trainer.method
     wanted = train.teacher_cache if train.teacher_cache is not None else train.teacher_cache_dir is not None or None
@@ -99,13 +102,12 @@ def temperature_of(method: Any, config: RunConfig, what: str) -> float:
     return float(found)
 
 
-def _instead(trainer: Trainer, config: RunConfig, run: Run) -> TeacherCache:
+def _instead(folder: Path, trainer: Trainer, config: RunConfig, run: Run) -> TeacherCache:
     """The cache that stands for the teacher.
 
     Raises:
         ConfigProblem, UsageProblem: it is of other data, another tokenizer or temperature, or not whole.
     """
-    folder = Path(str(config.teacher.cache)).expanduser()
     marks, method = read_marks(folder), trainer.method
     kept = Kept(int(marks["k"]), temperature_of(method, config, "teacher.cache"))
     data, student = trainer.plan.data, method.student_loaded
@@ -131,7 +133,8 @@ def _instead(trainer: Trainer, config: RunConfig, run: Run) -> TeacherCache:
         )
     everything = {name: value for name, value in marks.items() if name != "rows"}
     cache = TeacherCache(folder, method.task, None, data, run, 0, everything, 2**63, None, kept)
-    run.provenance["teacher_cache"] = {name: marks.get(name) for name in ("model", "revision", "k", "temperature")}
+    named = ("model", "revision", "endpoint", "k", "temperature")
+    run.provenance["teacher_cache"] = {name: marks[name] for name in named if name in marks}
     run.reporter.info(
         f"the teacher is a cache: {marks.get('model')}, the {kept.k} likeliest tokens of {cache.size} rows"
     )

@@ -15,6 +15,7 @@ from kdtool.errors import DataProblem, QualityProblem, UsageProblem
 from kdtool.methods._base import Method
 from kdtool.models import Loaded, load
 from kdtool.pipelines import setup
+from kdtool.pipelines.asking import check_scores, learns_from_scores
 from kdtool.pipelines.caching import attach_cache, temperature_of
 from kdtool.pipelines.finished import read_proof
 from kdtool.pipelines.measured import check_metrics
@@ -103,6 +104,8 @@ def get_ready(config: RunConfig, run: Run, work: Path | None = None) -> Ready:
         teacher = method.teacher_list[0] if method.teacher_list else teacher
     if config.teacher.cache is not None:
         temperature_of(method, config, "teacher.cache")
+    elif learns_from_scores(config):
+        check_scores(task.name, temperature_of(method, config, "an endpoint as the teacher"))
     encoded = setup.encode(task, data, student, teacher, config, run)
     encoded.train = packed(config, task, method, encoded.train)
     views = make_views(config, task, encoded.train, student, teacher)

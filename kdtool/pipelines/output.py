@@ -155,8 +155,9 @@ class Output:
         self.work.rmdir()
 
     def _bought(self) -> Iterator[Path]:
-        """Rows that were written for this run, by a model or an endpoint."""
-        return (path for path in self.kept.rglob("*.jsonl*") if path.stat().st_size)
+        """Rows that were written for this run, by a model or an endpoint, and what a server said of its end."""
+        found = (*self.kept.rglob("*.jsonl*"), *self.kept.rglob("*.log"))
+        return (path for path in found if path.stat().st_size)
 
     def release(self) -> None:
         """Give up a claim that has nothing worth keeping."""

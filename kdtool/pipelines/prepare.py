@@ -1,5 +1,6 @@
 """What a method makes before it trains: files of rows in the work folder, kept with the result."""
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -7,14 +8,16 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-from kdtool.authors import Author, EndpointAuthor, LocalAuthor
+from kdtool.authors import Author, EndpointAuthor, LocalAuthor, ServedAuthor
 from kdtool.data.examples import DataSplits, Examples
 from kdtool.data.readers import file_sha256
 from kdtool.endpoint import EndpointRef
+from kdtool.endpoint.serving import Serving, program
 from kdtool.errors import DataProblem, UsageProblem
 from kdtool.methods._base import Method, Work
 from kdtool.models import Loaded, load_model
 from kdtool.pipelines import setup
+from kdtool.pipelines.asking import learns_from_scores
 from kdtool.registry import METHODS
 from kdtool.run import Run
 from kdtool.saving import save_model
@@ -33,24 +36,51 @@ _MADE = "kept/data"
 
 
 def check_teacher(config: RunConfig) -> None:
-    """Refuse an endpoint or a file as the teacher of a method that needs its outputs.
+    """Refuse an endpoint or a file as the teacher of a method that needs more of it.
 
     Raises:
-        UsageProblem: it does, or the reference is wrong.
+        UsageProblem: it does, or the reference is wrong, or nothing is there for vllm to write.
     """
     facts = METHODS.info(config.method_name).facts
+    _check_vllm(config)
     if config.teacher.fine_tune and (config.teacher.writes_only or not facts.get("loads_teacher", True)):
         raise UsageProblem(f"--fine-tune-teacher: {config.method_name} asks its teacher for texts", hint="leave it out")
     if not config.teacher.writes_only or facts.get("teacher_writes"):
         if EndpointRef.matches(config.teacher.model):
             EndpointRef.parse(str(config.teacher.model))
         return
+    scores = learns_from_scores(config)
+    if scores and config.train.teacher_cache_dir is not None and config.train.teacher_cache is not False:
+        EndpointRef.parse(str(config.teacher.model))
+        return
     what = "a file" if config.teacher.is_file else "an endpoint"
     fitting = [name for name in METHODS.names() if METHODS.info(name).facts.get("teacher_writes")]
+    more = "; --teacher-cache FOLDER takes its likeliest tokens for kd and supervised-kd" if scores else ""
     raise UsageProblem(
         f"method {config.method_name} needs a teacher in memory, and {what} gives only texts",
-        hint=f"methods that learn from texts: {', '.join(fitting)}",
+        hint=f"methods that learn from texts: {', '.join(fitting)}{more}",
     )
+
+
+def _check_vllm(config: RunConfig) -> None:
+    """Refuse vllm where no model of this machine writes before training.
+
+    Raises:
+        UsageProblem: it does not, or vllm is not installed.
+    """
+    if config.teacher.generate_with != "vllm":
+        return
+    facts = METHODS.info(config.method_name).facts
+    if not facts.get("teacher_writes"):
+        fitting = [name for name in METHODS.names() if METHODS.info(name).facts.get("teacher_writes")]
+        raise UsageProblem(
+            f"--generate-with vllm: method {config.method_name} has no texts written before it trains",
+            why="what is written meanwhile follows weights that change, and a server would keep the old ones",
+            hint=f"methods whose teacher writes first: {', '.join(fitting)}",
+        )
+    if config.teacher.writes_only and facts.get("loads_teacher", True):
+        raise UsageProblem("--generate-with vllm: the teacher is no model of this machine", hint="leave it out")
+    program()
 
 
 def prepared(method: Method, task: Task, data: DataSplits, config: RunConfig, run: Run, folder: Path) -> DataSplits:
@@ -67,15 +97,23 @@ def prepared(method: Method, task: Task, data: DataSplits, config: RunConfig, ru
     before = generators()
     with parallel.first_alone(run):
         _renew(folder, config, data)
-        work = Work(
-            folder / _MADE,
-            config,
-            run,
-            cache(lambda: _teacher(task, config, run)),
-            lambda loaded: LocalAuthor(loaded, run, config.eval.batch_size, _prompts(task, loaded, config, run)),
-            _fitting(task, data, config, run, folder),
-        )
-        made = method.prepare(data, work)
+        with contextlib.ExitStack() as stack:
+            served = config.teacher.generate_with == "vllm"
+            serving = stack.enter_context(Serving(run, folder / _MADE / "vllm.log")) if served else None
+
+            def writer(loaded: Loaded) -> Author:
+                local = LocalAuthor(loaded, run, config.eval.batch_size, _prompts(task, loaded, config, run))
+                return local if serving is None else ServedAuthor(local, serving)
+
+            work = Work(
+                folder / _MADE,
+                config,
+                run,
+                cache(lambda: _teacher(task, config, run, serving)),
+                writer,
+                _fitting(task, data, config, run, folder, serving),
+            )
+            made = method.prepare(data, work)
     restore_generators(*before)
     if work.facts:
         run.provenance["stages"] = dict(work.facts)
@@ -97,14 +135,15 @@ def _renew(folder: Path, config: RunConfig, data: DataSplits) -> None:
     write_text(known, text)
 
 
-def _teacher(task: Task, config: RunConfig, run: Run) -> Author:
+def _teacher(task: Task, config: RunConfig, run: Run, serving: Serving | None) -> Author:
     """The teacher as a writer."""
     reference = str(config.teacher.model)
     if EndpointRef.matches(reference):
         return EndpointAuthor(EndpointRef.parse(reference), run)
     loaded = load_model(reference, task.auto_class, run, "teacher")
     setup.load_processor(loaded, task, run)
-    return LocalAuthor(loaded, run, config.eval.batch_size)
+    local = LocalAuthor(loaded, run, config.eval.batch_size)
+    return local if serving is None else ServedAuthor(local, serving)
 
 
 def _prompts(task: Task, loaded: Loaded, config: RunConfig, run: Run) -> Callable[[Sequence[str]], list[list[int]]]:
@@ -121,7 +160,7 @@ def _prompts(task: Task, loaded: Loaded, config: RunConfig, run: Run) -> Callabl
 
 
 def _fitting(
-    task: Task, data: DataSplits, config: RunConfig, run: Run, folder: Path
+    task: Task, data: DataSplits, config: RunConfig, run: Run, folder: Path, serving: Serving | None
 ) -> Callable[[str, Examples, TrainSection, str], Loaded]:
     """`Work.fit`."""
 
@@ -139,6 +178,8 @@ def _fitting(
             again = load(str(kept), name)
             again.ref = reference
             return again
+        if serving is not None:
+            serving.end()  # the device is needed here
         seed_everything(run.seed)
         loaded = load(reference, name)
         if settings.epochs:
@@ -150,6 +191,7 @@ def _fitting(
             Trainer(method, encoded, settings, alone, setup.is_head_of(loaded.model), checkpoints).train()
             shutil.rmtree(checkpoints, ignore_errors=True)
         _keep(loaded, kept)
+        loaded.folder = kept
         return loaded
 
     return fit

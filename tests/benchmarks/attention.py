@@ -111,6 +111,22 @@ SETTINGS: list[tuple[str, dict[str, int]]] = [
     ("performer", {}),
 ]
 
+CAUSAL: list[tuple[str, dict[str, int]]] = [
+    ("cluster", {}),
+    ("cluster", {"leaf": 16}),
+    ("cluster", {"leaf": 64}),
+    ("cluster", {"leaf": 32, "block": 64}),
+    ("cluster", {"leaf": 64, "block": 128}),
+    ("cluster", {"leaf": 128, "block": 128}),
+    ("cluster", {"leaf": 128, "block": 256}),
+    ("cluster", {"leaf": 16, "block": 64, "near": 4}),
+    ("kdeformer", {}),
+    ("kdeformer-paper", {}),
+    ("hyper", {}),
+    ("performer", {}),
+]
+"""Causal attention shares centroids among all queries by default; blocks are slower and nearer."""
+
 SHAPES = (("T2T-ViT", T2T, {"bucket": 32, "samples": 98}), ("BigGAN", BIGGAN, {"bucket": 64, "samples": 128}))
 
 
@@ -163,6 +179,8 @@ def main() -> None:
         shapes(args.turns)
         return
     names = args.methods.split(",") if args.methods else ATTENTION.names()
+    if args.causal:
+        SETTINGS[:] = CAUSAL
     if args.settings:
         values = {key: int(value) for key, value in (pair.split("=") for pair in args.settings.split(","))}
         SETTINGS[:] = [(name, values) for name in names]

@@ -158,6 +158,11 @@ def torch_pruning(importance: str) -> Callable[[Bench], nn.Module]:
                 out = bench.task.forward(model, batch)
                 nn.functional.cross_entropy(out.logits, out.labels).backward()  # type: ignore[arg-type]
         pruner.step()
+        for layer in layers:  # the model reads its shapes from these
+            own = layer.attention.self
+            own.num_attention_heads = pruner.num_heads[own.query]
+            own.all_head_size = own.query.out_features
+            own.attention_head_size = own.all_head_size // own.num_attention_heads
         model.zero_grad()
         return model
 
@@ -202,6 +207,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True)
+    parser.add_argument("--table", choices=("quantised", "pruned"), help="one of the tables (default: both)")
     given = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
@@ -209,7 +215,8 @@ def main(arguments: list[str]) -> int:
     expected = run_over(bench.loaded.model, bench.probes)
     accuracy, _, seconds = bench.row(bench.loaded.model, expected)
     print(f"the model itself: accuracy {accuracy:.3f}, {seconds:.3f} s of processor time for 32 rows")
-    for title, forms in (("Linear maps quantised", QUANTIZED), (f"{SHARE:.0%} of the parameters", PRUNED)):
+    tables = {"quantised": ("Linear maps quantised", QUANTIZED), "pruned": (f"{SHARE:.0%} of the parameters", PRUNED)}
+    for title, forms in tables.values() if given.table is None else [tables[given.table]]:
         print(f"\n| {title} | weights | accuracy | change of the outputs (nats) | time / model's |")
         print("| --- | ---: | ---: | ---: | ---: |")
         for name, make in forms.items():

@@ -13,6 +13,9 @@ from typing import Any
 Writer = Callable[[str, int], str]
 """From a prompt and the number of a choice to a text."""
 
+Scorer = Callable[[list[int]], Any]
+"""From token ids [n] to log-probabilities [n, vocabulary] of what follows each."""
+
 
 def echo(prompt: str, number: int) -> str:
     """Says the last line of the prompt again."""
@@ -45,8 +48,13 @@ class Fault:
 class Server:
     """The server; use as a context manager."""
 
-    def __init__(self) -> None:
+    def __init__(self, port: int = 0) -> None:
         self.write: Writer = echo
+        self.score: Scorer | None = None
+        self.names: list[str] | None = None  # texts of the tokens, for clients that do not ask for ids
+        self.knows_ids = True
+        self.most_tokens = 20  # log-probabilities given at a place; more are refused
+        self.gives = 20  # or silently left out
         self.models = ["tiny"]
         self.key: str | None = None
         self.most = 128  # choices given at a time
@@ -63,7 +71,7 @@ class Server:
         class Bound(_Handler):
             server_of = owner
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Bound)
+        self.server = ThreadingHTTPServer(("127.0.0.1", port), Bound)
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
 
@@ -143,6 +151,13 @@ class _Handler(BaseHTTPRequestHandler):
         if body["model"] not in self.server_of.models:
             self._send(404, {"error": {"message": f"The model `{body['model']}` does not exist."}})
             return
+        if body.get("echo") and fault.cut is not None:
+            self._abort()
+            return
+        if body.get("logprobs", 0) > self.server_of.most_tokens:
+            most = f"Requested sample logprobs of {body['logprobs']}, which is greater than max allowed"
+            self._send(400, {"error": {"message": most, "type": "BadRequestError", "code": 400}})
+            return
         if not (body.get("stream") and self.server_of.streams):
             whole = fault.garbage if fault.garbage is not None else self._whole(body)
             self._send(200, whole)
@@ -193,7 +208,32 @@ class _Handler(BaseHTTPRequestHandler):
         count = min(body.get("n", 1), self.server_of.most)
         return [self.server_of.write(prompt, number) for number in range(count)]
 
+    def _scored(self, body: dict[str, Any]) -> Any:
+        """A row given back with what the model thinks of each of its tokens, and the one it writes behind them."""
+        owner, ids = self.server_of, body["prompt"]
+        assert owner.score is not None
+        assert (body["max_tokens"], body["temperature"]) == (1, 0.0)
+        likely = owner.score(ids)
+        places = [None, *likely]  # nothing is known of the first token
+        ids = [*ids, max(range(len(likely[-1])), key=lambda i: float(likely[-1][i]))]
+        by_id = owner.knows_ids and body.get("return_tokens_as_token_ids")
+
+        def name(token: int) -> str:
+            return f"token_id:{token}" if by_id else (owner.names or [])[token]
+
+        tops: list[Any] = [None]
+        for token, own in list(zip(ids, places, strict=True))[1:]:
+            assert own is not None
+            best = sorted(range(len(own)), key=lambda i: -float(own[i]))[: min(body["logprobs"], owner.gives)]
+            # as OpenAI and vLLM do, the token itself comes, too, and first
+            tops.append({name(i): float(own[i]) for i in dict.fromkeys([token, *best])})
+        values = [None] + [top[name(token)] for token, top in zip(ids[1:], tops[1:], strict=True)]
+        logprobs = {"tokens": [name(token) for token in ids], "token_logprobs": values, "top_logprobs": tops}
+        return {"choices": [{"index": 0, "text": "...", "finish_reason": "length", "logprobs": logprobs}]}
+
     def _whole(self, body: dict[str, Any]) -> Any:
+        if body.get("echo") and self.server_of.score is not None:
+            return self._scored(body)
         chats = "messages" in body
         choices = []
         for index, text in enumerate(self._texts(body)):

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from kdtool.generation import Interleaving
+from kdtool.methods._once import Once
+from kdtool.methods._sequences import SequenceMethod
 from kdtool.methods.imitkd import Config as ImitConfig
 from kdtool.registry import METHODS
 from kdtool.run import Run, Silent
@@ -183,6 +185,48 @@ def test_kept_generations_are_those_of_an_unbroken_run(kit, name, tmp_path):
         assert ("acceptance" in line) == (name == "skd")
     for key, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[key]), key
+
+
+def test_a_teacher_writes_each_row_once(kit, tmp_path, monkeypatch):
+    """A text written again in another batch might differ: here it surely does, and nobody must see it."""
+    calls = []
+
+    def drawn(self, batch, settings, *others):
+        out = plain(self, batch, settings, *others)
+        if self.training:
+            out.tokens.add_(len(calls) % 3).remainder_(self.vocabulary)
+            calls.append(batch[ROWS].tolist())
+        return out
+
+    plain = SequenceMethod.drawn
+    monkeypatch.setattr(SequenceMethod, "drawn", drawn)
+    whole, first = train(kit, "seqkd", tmp_path / "whole", steps=12)
+    written = [row for rows in calls for row in rows]
+    assert sorted(written) == list(range(len(kit.train)))
+    calls.clear()
+    with pytest.raises(RuntimeError, match="cut off"):
+        train(kit, "seqkd", tmp_path / "cut", Breaks(), tmp_path / "checkpoints", steps=12)
+    resumed, second = train(kit, "seqkd", tmp_path / "cut", None, tmp_path / "checkpoints", steps=12)
+    assert [row for rows in calls for row in rows] == written
+    assert first.rows == second.rows
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[key]), key
+    path = "data/texts.jsonl"
+    assert (tmp_path / "cut" / path).read_text() == (tmp_path / "whole" / path).read_text()
+
+
+def test_a_line_that_a_kill_cut_short_is_written_again(kit, tmp_path):
+    method, _ = train(kit, "seqkd", tmp_path, steps=1)
+    path = tmp_path / "data" / "texts.jsonl"
+    content = path.read_bytes()
+    path.write_bytes(content[:-5])
+    again = Once(kit.student.processor)
+    again.open(path.parent)
+    rows = list(method.once.texts)
+    assert again.missing(rows) == [len(rows) - 1]
+    out = method.once.of(rows[-1:], 0, torch.device("cpu"))
+    again.add(rows[-1:], out)
+    assert path.read_bytes() == content
 
 
 def test_acceptance_is_over_repaired_texts_alone(kit):

@@ -66,11 +66,11 @@ def cli(monkeypatch, tmp_path):
 
     def call(*args: str | Path) -> Outcome:
         out, err = io.StringIO(), io.StringIO()
-        before = dict(os.environ)
+        before, own = dict(os.environ), clean_environment({"KDTOOL_CACHE": str(tmp_path / "cache")})
         monkeypatch.chdir(tmp_path)
         try:
             os.environ.clear()
-            os.environ.update(clean_environment({"KDTOOL_CACHE": str(tmp_path / "cache")}))
+            os.environ.update(own)
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
                 code = app.run([str(arg) for arg in args])
         finally:

@@ -54,6 +54,10 @@ def test_the_command_works(command, cli):
     assert cli(*command()).code == 0
 
 
+def test_a_teacher_cache_needs_a_folder_of_its_own(fails, command):
+    fails(2, ["is the folder of the teacher cache"], *command(rest=["--teacher-cache", "./out"]))
+
+
 # Names
 
 
