@@ -38,6 +38,7 @@ def vllm(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("FAKE_VLLM_NOTES", str(notes))
     monkeypatch.setenv("FAKE_VLLM", "serves")
+    monkeypatch.setenv("KDTOOL_VLLM_START", "60")
 
     def call(how=None):
         if how is not None:
