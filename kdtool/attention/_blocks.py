@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kdtool.attention._base import State
-from kdtool.attention._flash import Part, merged
+from kdtool.attention._flash import Part, hiding, merged
 from kdtool.attention._leaves import (
     FEATURES,
     key_features,
@@ -234,21 +234,26 @@ def near_and_far(
     Returns:
         out [X, b, rows, dv] and lse [X, b, rows].
     """
-    sets, blocks, near = chosen.shape
+    near = chosen.shape[2]
     width, wide, _ = leaves.parts
     values = slice(width, width + wide)
     if near:
         bias = bias.scatter(2, chosen, _HIDDEN)
     parts = [Part(centre[..., :width], centre[..., values], bias.unsqueeze(2))]
     if near:
-        flat = chosen.reshape(sets, -1)
-        keys = rows_at(leaves.table.flatten(2), flat).reshape(sets, blocks, -1, leaves.table.shape[-1]).to(q.dtype)
-        hidden = None
-        if leaves.hidden is not None:
-            gone = rows_at(leaves.hidden.flatten(2), flat).reshape(sets, blocks, 1, -1)
-            hidden = torch.zeros(gone.shape, device=q.device).masked_fill_(gone, _HIDDEN)
-        parts.append(Part(keys[..., :width], keys[..., values], hidden))
+        keys, hidden = opened(leaves, chosen)
+        keys = keys.to(q.dtype)
+        parts.append(Part(keys[..., :width], keys[..., values], None if hidden is None else hidden.unsqueeze(2)))
     return merged(q, parts, scale)
+
+
+def opened(leaves: Leaves, chosen: Tensor) -> tuple[Tensor, Tensor | None]:
+    """All keys of chosen leaves [X, b, near]: [X, b, near c, .], and what hides places that hold none."""
+    flat = chosen.flatten(1)
+    table = rows_at(leaves.table.flatten(2), flat).reshape(*chosen.shape[:2], -1, leaves.table.shape[-1])
+    if leaves.hidden is None:
+        return table, None
+    return table, hiding(rows_at(leaves.hidden.flatten(2), flat).reshape(table.shape[:3]))
 
 
 def in_place(out: Tensor, lse: Tensor, order: Tensor, total: int) -> tuple[Tensor, Tensor]:

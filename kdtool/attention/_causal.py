@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from kdtool.attention._base import Call, counted
-from kdtool.attention._blocks import Layout, Leaves, centres, lay_out, leaves_of
-from kdtool.attention._flash import Part, Tiles, merged
+from kdtool.attention._blocks import Layout, centres, lay_out, leaves_of, opened
+from kdtool.attention._flash import Part, Tiles, hiding, merged
 from kdtool.attention._leaves import present_in
 from kdtool.attention._tiles import tiles_of
 from kdtool.attention._tree import levels_for, rows_at
@@ -73,7 +73,7 @@ def _own(rows: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, chunk: int) -
         cut = functional.pad(x, (0, 0, 0, total - n)).reshape(sets, 1, chunks, chunk, -1)
         return cut.expand(-1, heads, -1, -1, -1).flatten(1, 2)
 
-    bias = None if valid is None else _minus_inf(~chunked(valid.unsqueeze(-1))).mT
+    bias = None if valid is None else hiding(~chunked(valid.unsqueeze(-1))).mT
     place = torch.arange(total, device=k.device)
     head = torch.arange(heads, device=k.device)[:, None]
     numbers = (place + head * n).masked_fill(place >= n, -1).reshape(1, -1).expand(sets, -1)
@@ -120,7 +120,7 @@ def _before(
     far = rows_at(centre[..., :shown].flatten(2), of_tile).reshape(*of_tile.shape, -1, shown)
     found = [part(far, rows_at(bias, of_tile))]
     if near:
-        found.append(part(*_opened(leaves, rows_at(chosen, of_tile))))
+        found.append(part(*opened(leaves, rows_at(chosen, of_tile))))
     return found
 
 
@@ -143,15 +143,6 @@ def _nearest(own: Tensor, made: Layout, real: Tensor | None) -> Tensor:
     return torch.baddbmm(away.unsqueeze(1), own.float() @ directions, landmarks.mT, alpha=-2.0).argmin(-1)
 
 
-def _opened(leaves: Leaves, chosen: Tensor) -> tuple[Tensor, Tensor | None]:
-    """All keys of chosen leaves [X, tiles, near]: [X, tiles, near c, .], and what hides places that hold none."""
-    flat = chosen.flatten(1)
-    table = rows_at(leaves.table.flatten(2), flat).reshape(*chosen.shape[:2], -1, leaves.table.shape[-1])
-    if leaves.hidden is None:
-        return table, None
-    return table, _minus_inf(rows_at(leaves.hidden.flatten(2), flat).reshape(table.shape[:3]))
-
-
 def _placed(tiles: Tiles, rows: Tensor, length: int, pairs: int) -> Tiles:
     """Tiles of the readers of single segments [X pairs, .], among all rows of a set."""
     sets, heads, n, _ = rows.shape
@@ -165,7 +156,3 @@ def _placed(tiles: Tiles, rows: Tensor, length: int, pairs: int) -> Tiles:
         readers = back[:, :, (2 * i + 1) * length : (2 * i + 2) * length]
         readers.copy_(own[:, i, :, : readers.shape[2]])
     return Tiles(placed.masked_fill(number < 0, -1).flatten(1), back.flatten(1))
-
-
-def _minus_inf(where: Tensor) -> Tensor:
-    return torch.zeros(where.shape, device=where.device).masked_fill_(where, _HIDDEN)

@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 
 from kdtool.attention._base import Call, counted
-from kdtool.attention._flash import Part, merged
+from kdtool.attention._flash import Part, hiding, merged
 from kdtool.attention._leaves import pick, rows_for_moments, summarise
-
-_HIDDEN = float("-inf")
 
 
 def attend_in_chunks(
@@ -52,8 +50,7 @@ def attend_in_chunks(
         here = slice(number * chunk, min((number + 1) * chunk, n))
         hidden = None
         if valid is not None:
-            away = ~valid[:, here]
-            hidden = torch.zeros(away.shape, device=q.device).masked_fill_(away, _HIDDEN)[:, None, None]
+            hidden = hiding(~valid[:, here])[:, None, None]
         own_k, own_v = (x[:, None, here].expand(-1, groups, -1, -1) for x in (k, v))
         parts = [Part(own_k, own_v, hidden, True)]
         if number:

@@ -49,6 +49,11 @@ class Part(NamedTuple):
     tiles: Tiles | None = None
 
 
+def hiding(where: Tensor) -> Tensor:
+    """A bias of -inf where that is true, and 0 elsewhere."""
+    return torch.zeros(where.shape, device=where.device).masked_fill_(where, _HIDDEN)
+
+
 def merged(q: Tensor, parts: Sequence[Part], scale: float) -> tuple[Tensor, Tensor]:
     """Softmax attention of q over the union of the parts' keys.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kdtool.attention._base import Call, counted, generator
-from kdtool.attention._flash import Part, merged
+from kdtool.attention._flash import Part, hiding, merged
 from kdtool.attention._lsh import Draw, codes, gray_rank, last, order_of
 from kdtool.attention._tiles import tiles_of
 from kdtool.attention._tree import rows_at
@@ -77,7 +77,7 @@ def halved(
     for number in range(-(-n // chunk)):
         own = slice(number * chunk, min((number + 1) * chunk, n))
         seen = None if valid is None else valid[:, own]
-        bias = None if seen is None else _minus_inf(~seen)[:, None, None]
+        bias = None if seen is None else hiding(~seen)[:, None, None]
         own_k, own_v = (x[:, None, own].expand(-1, groups, -1, -1) for x in (k, v))
         parts = [Part(own_k, own_v, bias, True)]
         for bounds in _before(number, chunk):
@@ -92,10 +92,6 @@ def halved(
         outs.append(out)
         sums.append(lse)
     return torch.cat(outs, 2).reshape(batch, heads, n, -1), torch.cat(sums, 2).reshape(batch, heads, n)
-
-
-def _minus_inf(where: Tensor) -> Tensor:
-    return torch.zeros(where.shape, device=where.device).masked_fill_(where, _HIDDEN)
 
 
 def _before(number: int, chunk: int) -> list[tuple[int, int]]:
@@ -139,7 +135,7 @@ def _parts(segment: Segment, rank: Tensor, seen: Tensor | None) -> list[Part]:
         rows_at(x.flatten(2), of_tile).reshape(sets, -1, *x.shape[2:]) for x in (segment.k, segment.v)
     )
     gone = rows_at(segment.hidden, of_tile).unsqueeze(2)
-    found = [Part(picked_k, picked_v, _minus_inf(gone) if bool(gone.any()) else None, tiles=tiles)]
+    found = [Part(picked_k, picked_v, hiding(gone) if bool(gone.any()) else None, tiles=tiles)]
     if segment.samples is not None and segment.weights is not None:
         outside = segment.samples.unsqueeze(1) // bucket != of_tile.unsqueeze(2)
         away = segment.hidden.flatten(1).gather(1, segment.samples).unsqueeze(1)

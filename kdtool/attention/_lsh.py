@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kdtool.attention._flash import Part, merged
+from kdtool.attention._flash import Part, hiding, merged
 from kdtool.attention._tree import rows_at
 
 _HIDDEN = float("-inf")
@@ -87,7 +87,7 @@ def blocks_and_samples(
     if fill or hidden is not None:
         gone = torch.zeros((sets, n), dtype=torch.bool, device=q.device) if hidden is None else hidden
         gone = functional.pad(gone, (0, fill), value=True).reshape(sets, blocks, 1, bucket)
-        bias = torch.zeros(gone.shape, device=q.device).masked_fill_(gone, _HIDDEN)
+        bias = hiding(gone)
     rows = _filled(rows_at(q, query_order), more).reshape(sets, blocks, size, width)
     parts = [Part(own_k, own_v, bias)]
     if samples is not None and weights is not None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kdtool.attention._base import Call, State, repeat_heads
-from kdtool.attention._flash import Part, merged
+from kdtool.attention._flash import Part, hiding, merged
 
 paper: str = "Vaswani et al., Attention Is All You Need, 2017, arXiv 1706.03762"
 causal: bool = True
@@ -59,19 +59,15 @@ def hidden_bias(call: Call, nq: int, n: int, device: torch.device) -> Tensor | N
     """
     bias: Tensor | None = None
     if call.key_mask is not None:
-        bias = _minus_inf(~call.key_mask)[:, None, None]
+        bias = hiding(~call.key_mask)[:, None, None]
     if call.window is not None or (call.causal and nq != n):
         distance = torch.arange(n - nq, n, device=device)[:, None] - torch.arange(n, device=device)
         away = distance < 0 if call.causal else torch.zeros_like(distance, dtype=torch.bool)
         if call.window is not None:
             away = away | (distance >= call.window if call.causal else distance.abs() > call.window)
-        banned = _minus_inf(away)[None, None]
+        banned = hiding(away)[None, None]
         bias = banned if bias is None else bias + banned
     return bias
-
-
-def _minus_inf(where: Tensor) -> Tensor:
-    return torch.zeros(where.shape, device=where.device).masked_fill_(where, _HIDDEN)
 
 
 def _banded(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
@@ -91,7 +87,7 @@ def _banded(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
     keys = torch.arange(span, device=q.device) + place[:, :1] - size  # [blocks, span]
     distance = place[:, :, None] - keys[:, None]
     away = (distance < 0) | (distance >= size) if call.causal else distance.abs() > size
-    bias = _minus_inf(away | ((keys < 0) | (keys >= n))[:, None])[None]
+    bias = hiding(away | ((keys < 0) | (keys >= n))[:, None])[None]
     q = q.reshape(batch * heads, -1, size, q.shape[-1])
     if call.key_mask is None:
         out, lse = merged(q, [Part(k, v, bias)], call.scale)
@@ -100,7 +96,7 @@ def _banded(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
         each = []
         for row in range(batch):  # one after the other: heads share a mask, which is as large as all their logits
             own = slice(row * heads, (row + 1) * heads)
-            mask = bias + _minus_inf(~seen[row])[None, :, None]
+            mask = bias + hiding(~seen[row])[None, :, None]
             each.append(merged(q[own], [Part(k[own], v[own], mask)], call.scale))
         out, lse = (torch.cat(parts) for parts in zip(*each, strict=True))
     return (

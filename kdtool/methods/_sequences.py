@@ -20,6 +20,7 @@ from kdtool.errors import TrainingProblem
 from kdtool.generation import CachedModel, Generated, Interleaving, Scorer, StopStrings, Warp, generate, uniforms
 from kdtool.methods import _base
 from kdtool.methods._kept import Kept
+from kdtool.methods._once import Once
 from kdtool.models import Loaded
 from kdtool.tasks._base import LABELS, ROWS, VIEW, Batch, Task
 from kdtool.tasks._heads import body_of
@@ -135,7 +136,7 @@ class SequenceMethod(_base.Method):
         self.stop = tuple(ends_of(self.student, student.processor))
         strings = getattr(config, "stop_strings", None)
         self.stop_strings = StopStrings(student.processor, strings) if strings else None
-        self.kept = Kept(student.processor)
+        self.kept, self.once = Kept(student.processor), Once(student.processor)
 
     @property
     def models(self) -> list[Any]:
@@ -232,9 +233,18 @@ class SequenceMethod(_base.Method):
         return self.write(batch, progress, settings, self.scorer(self.student), teacher)
 
     def taught(self, batch: Batch, progress: float, warp: Warp) -> Text:
-        """Texts of the teacher alone; a row has the same whenever it is seen."""
-        teacher = self.scorer(self.teacher_list[0].model)
-        return self.write(batch, progress, self.sampling(student=warp), teacher, key=[int(self.seed)])
+        """Texts of the teacher alone; a row has the same whenever it is seen, and in training it is written once."""
+        teacher, settings, key = self.scorer(self.teacher_list[0].model), self.sampling(student=warp), [int(self.seed)]
+        if not self.training:
+            return self.write(batch, progress, settings, teacher, key=key)
+        if self.folder is not None:
+            self.once.open(self.folder / "data")
+        rows = batch[ROWS].tolist()
+        new = self.once.missing(rows)
+        if new:
+            part = {name: value[new] for name, value in batch.items()}
+            self.once.add([rows[i] for i in new], self.drawn(part, settings, teacher, None, key))
+        return self.text(batch, progress, settings, self.once.of(rows, settings.pad, batch["input_ids"].device))
 
     @torch.no_grad()
     def write(

@@ -4,9 +4,8 @@ The teacher goes on from each prompt once; the student learns its tokens by cros
 memory writes token ids during the first epoch; one behind an endpoint, or served by vllm, answers all prompts before.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
@@ -16,9 +15,7 @@ from kdtool.data.examples import DataSplits, Examples
 from kdtool.errors import DataProblem, UsageProblem
 from kdtool.generation import Warp
 from kdtool.methods import _base, _sequences
-from kdtool.methods._once import Once
-from kdtool.models import Loaded
-from kdtool.tasks._base import ROWS, Batch, Task
+from kdtool.tasks._base import Batch
 from kdtool.tasks._prompts import apart, asked
 
 _LONGEST = 512
@@ -49,10 +46,6 @@ class Method(_sequences.SequenceMethod):
     told = False
     """Whether the rows to train on hold the teacher's texts."""
 
-    def __init__(self, config: Any, student: Loaded, teachers: Sequence[Loaded], task: Task) -> None:
-        super().__init__(config, student, teachers, task)
-        self.once = Once(student.processor)
-
     def prepare(self, data: DataSplits, work: _base.Work) -> DataSplits:
         """Have a teacher behind an endpoint, or a local one that vllm serves, answer the prompts.
 
@@ -62,14 +55,14 @@ class Method(_sequences.SequenceMethod):
         """
         teacher, rows, cfg = work.config.teacher, data.train, self.config
         local = not teacher.writes_only
-        if local and teacher.generate_with == "transformers":
-            return data
-        if teacher.is_file:
-            raise UsageProblem("seqkd asks its teacher, and this is a file", hint="--data FILE --method none learns it")
         if local and cfg.chat:
             raise UsageProblem(
                 "method.chat is for an endpoint", hint="--set data.chat_template=true for a local teacher"
             )
+        if local and teacher.generate_with == "transformers":
+            return data
+        if teacher.is_file:
+            raise UsageProblem("seqkd asks its teacher, and this is a file", hint="--data FILE --method none learns it")
         if rows is None or "prompt" not in rows.columns:
             raise DataProblem("a server answers prompts, and the data has none", hint="--set data.prompt=COLUMN")
         prompts = asked(rows, work.config.data.separator)
@@ -90,19 +83,5 @@ class Method(_sequences.SequenceMethod):
         """Cross-entropy with what the teacher wrote."""
         if self.told:
             return self.learn(self.given(batch), weight=0.0, ce_weight=1.0)
-        return self.learn(self.answers(batch, progress), weight=0.0, ce_weight=1.0)
-
-    def answers(self, batch: Batch, progress: float) -> _sequences.Text:
-        """The teacher's texts; of rows seen before those that it wrote then."""
         warp = Warp(self.config.teacher_temperature, self.config.teacher_top_p)
-        if not self.training:
-            return self.taught(batch, progress, warp)
-        if self.folder is not None:
-            self.once.open(self.folder / "data")
-        settings, rows = self.sampling(student=warp), batch[ROWS].tolist()
-        new = self.once.missing(rows)
-        if new:
-            part = {name: value[new] for name, value in batch.items()}
-            teacher = self.scorer(self.teacher_list[0].model)
-            self.once.add([rows[i] for i in new], self.drawn(part, settings, teacher, None, [int(self.seed)]))
-        return self.text(batch, progress, settings, self.once.of(rows, settings.pad, batch["input_ids"].device))
+        return self.learn(self.taught(batch, progress, warp), weight=0.0, ce_weight=1.0)

@@ -187,7 +187,8 @@ def test_kept_generations_are_those_of_an_unbroken_run(kit, name, tmp_path):
         assert torch.equal(value, resumed.state_dict()[key]), key
 
 
-def test_a_teacher_writes_each_row_once(kit, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("name", "values"), [("seqkd", {}), ("gkd", {"seqkd": True, "student_share": 0.0})])
+def test_a_teacher_writes_each_row_once(kit, tmp_path, monkeypatch, name, values):
     """A text written again in another batch might differ: here it surely does, and nobody must see it."""
     calls = []
 
@@ -200,13 +201,13 @@ def test_a_teacher_writes_each_row_once(kit, tmp_path, monkeypatch):
 
     plain = SequenceMethod.drawn
     monkeypatch.setattr(SequenceMethod, "drawn", drawn)
-    whole, first = train(kit, "seqkd", tmp_path / "whole", steps=12)
+    whole, first = train(kit, name, tmp_path / "whole", steps=12, **values)
     written = [row for rows in calls for row in rows]
     assert sorted(written) == list(range(len(kit.train)))
     calls.clear()
     with pytest.raises(RuntimeError, match="cut off"):
-        train(kit, "seqkd", tmp_path / "cut", Breaks(), tmp_path / "checkpoints", steps=12)
-    resumed, second = train(kit, "seqkd", tmp_path / "cut", None, tmp_path / "checkpoints", steps=12)
+        train(kit, name, tmp_path / "cut", Breaks(), tmp_path / "checkpoints", steps=12, **values)
+    resumed, second = train(kit, name, tmp_path / "cut", None, tmp_path / "checkpoints", steps=12, **values)
     assert [row for rows in calls for row in rows] == written
     assert first.rows == second.rows
     for key, value in whole.state_dict().items():

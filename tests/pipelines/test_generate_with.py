@@ -167,6 +167,13 @@ def test_mistakes(place, cli, vllm, tmp_path, name):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_local_teacher_takes_no_setting_of_an_endpoint(place, cli):
+    plain = [word for word in command(place, "--set", "method.chat=true") if word not in ("--generate-with", "vllm")]
+    found = cli(*plain)
+    assert found.code == 2, found.err
+    assert found.problem == "method.chat is for an endpoint"
+
+
 def test_it_must_be_installed(place, cli, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     found = cli(*command(place))
