@@ -119,7 +119,7 @@ def _planned(source: _Source, config: RunConfig, run: Run) -> tuple[Plan, Found 
 
 def _recovered(made: Loaded, config: RunConfig, run: Run, output: Output) -> tuple[Loaded, History]:
     """The compressed model, distilled back from the model it was made of by the loop of `distill`."""
-    folder = output.work / "compressed"
+    folder, facts = output.work / "compressed", dict(made.facts)  # saving in another number format notes that one
     save_model(made, folder, config.output.model_copy(update={"dtype": "float32"}))
     again = config.model_copy(deep=True)
     again.command, again.student.model = "distill", str(folder)
@@ -128,7 +128,6 @@ def _recovered(made: Loaded, config: RunConfig, run: Run, output: Output) -> tup
     ready = get_ready(again, run)
     history = train(ready, again, run, output)
     config.train.lr = again.train.lr
-    facts = made.facts
     return Loaded(ready.student.model, made.processor, made.ref, None, None, facts), history
 
 

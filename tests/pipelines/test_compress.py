@@ -89,6 +89,20 @@ def test_dry_run_names_the_stages(cli, models, tmp_path):
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.parametrize("recover", [[], ["--recover", "1"]])
+def test_weights_stay_in_their_number_format(cli, models, data, tmp_path, recover):
+    shutil.copytree(models("bert"), tmp_path / "half")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "half")
+    model.half().save_pretrained(tmp_path / "half")
+    done = cli(
+        "compress", tmp_path / "half", "--method", "layers", "-d", data("text"), *recover, "-o", tmp_path / "o",
+        "--json", "--offline", *QUICK,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert {value.dtype for value in load_file(tmp_path / "o" / "model.safetensors").values()} == {torch.float16}
+    assert done.answer["model"]["bytes"] < done.answer["teacher"]["bytes"]
+
+
 def test_recovers_before_what_training_would_undo(cli, models, data, tmp_path):
     done = cli(
         "compress", models("bert"), "--method", "layers,vocab,quantize", "-d", data("text"), "--recover", "2",
