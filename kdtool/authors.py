@@ -10,15 +10,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 
 from kdtool.endpoint import Ask, EndpointRef, Sampling
-from kdtool.errors import EndpointProblem, ModelProblem
+from kdtool.errors import EndpointProblem, ModelProblem, UsageProblem
 from kdtool.generation import (
     CachedModel,
     EncoderDecoder,
     Interleaving,
     Scorer,
+    Source,
     StopStrings,
     Warp,
     generate,
@@ -26,8 +28,8 @@ from kdtool.generation import (
 )
 from kdtool.models import Loaded, weights_hash
 from kdtool.run import Run
-from kdtool.tasks._text import padding_id
-from kdtool.tasks._writing import decoder_start
+from kdtool.tasks._text import pad, padding_id
+from kdtool.tasks._writing import opening
 
 if TYPE_CHECKING:
     from kdtool.endpoint.serving import Serving
@@ -176,15 +178,10 @@ class LocalAuthor:
     @torch.no_grad()
     def _texts(self, model: Any, rows: Sequence[tuple[Sequence[int], Key]], style: Style) -> list[str]:
         """Texts of a batch of (prompt, key)."""
-        tokenizer = self.loaded.processor
-        longest = max(len(ids) for ids, _ in rows)
-        ids = torch.full((len(rows), longest), padding_id(tokenizer))
-        mask = torch.zeros_like(ids)
-        for row, (own, _) in enumerate(rows):
-            ids[row, longest - len(own) :] = torch.tensor(own)
-            mask[row, longest - len(own) :] = 1
-        scorer, room = self._scorer(model)
-        limits = torch.tensor([int(min(style.max_tokens, room - len(own))) for own, _ in rows])
+        tokenizer, device = self.loaded.processor, self.run.device
+        scorer, begun = self._given(model, [ids for ids, _ in rows])
+        ids, mask = pad(begun, padding_id(tokenizer), left=True)
+        limits = torch.tensor([int(min(style.max_tokens, self.positions - len(own))) for own in begun])
         uniform = uniforms([[style.seed, *key] for _, key in rows], int(limits.max()))
         end = tokenizer.eos_token_id
         settings = Interleaving(
@@ -193,19 +190,20 @@ class LocalAuthor:
             stop_strings=StopStrings(tokenizer, style.stop) if style.stop else None,
             pad=padding_id(tokenizer),
         )
-        device = self.run.device
         out = generate(scorer, None, ids.to(device), mask.to(device), uniform, settings, limits)
         return [
             cut(tokenizer.decode(tokens[valid].tolist(), skip_special_tokens=True), style.stop)
             for tokens, valid in zip(out.tokens.cpu(), out.valid.cpu(), strict=True)
         ]
 
-    def _scorer(self, model: Any) -> tuple[Scorer, float]:
-        """What writes, and the positions that prompt and text share."""
+    def _given(self, model: Any, prompts: Sequence[Sequence[int]]) -> tuple[Scorer, list[np.ndarray]]:
+        """What writes, and the tokens that each text goes on from: the prompts, unless an encoder reads them."""
+        rows = [np.asarray(ids, dtype=np.int64) for ids in prompts]
         vocabulary = min(len(self.loaded.processor), len(model.get_output_embeddings().weight))
-        if model.config.is_encoder_decoder:
-            return EncoderDecoder(model, decoder_start(model), vocabulary), math.inf
-        return CachedModel(model, vocabulary), self.positions
+        if not model.config.is_encoder_decoder:
+            return CachedModel(model, vocabulary), rows
+        ids, mask = (value.to(self.run.device) for value in pad(rows, padding_id(self.loaded.processor)))
+        return EncoderDecoder(model, Source(ids, mask), vocabulary), [np.array(opening(model))] * len(rows)
 
 
 def cut(text: str, stop: Sequence[str]) -> str:
@@ -270,9 +268,17 @@ class ServedAuthor:
     Args:
         local: The model in memory, which makes the tokens of prompts.
         serving: Starts the server when there is something to write.
+
+    Raises:
+        UsageProblem: the model has an encoder.
     """
 
     def __init__(self, local: LocalAuthor, serving: "Serving") -> None:
+        config: Any = local.loaded.model.config
+        if config.is_encoder_decoder:
+            raise UsageProblem(
+                f"vllm does not serve encoder-decoders such as '{local.loaded.ref}'", hint="leave --generate-with out"
+            )
         self.local, self.serving = local, serving
 
     def facts(self) -> dict[str, Any]:

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+_SCALED_WHERE_TIED = ("umt5", "switch_transformers")
+"""Kin of T5 that scale hidden states by their width where the head is tied."""
+
 Piece = tuple[Tensor, Tensor]
 """Inputs [rows, width] and matrix [vocabulary, width]; logits are the sum of the pieces' products."""
 
@@ -77,9 +80,26 @@ def head_of(model: Any) -> Head:
     """What turns a model's last hidden states into its logits; a head with LoRA as peft wraps it, too."""
     layer, config = model.get_output_embeddings(), model.config
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    if _by_width(config):
+        scale *= float(config.d_model) ** -0.5
     cap = getattr(config, "final_logit_softcapping", None)
     plain = getattr(layer, "base_layer", layer)
-    return Head(plain.weight, plain.bias, scale, cap, () if plain is layer else _adapters(layer))
+    return Head(plain.weight, _bias(model, plain), scale, cap, () if plain is layer else _adapters(layer))
+
+
+def _by_width(config: Any) -> bool:
+    """Whether hidden states are multiplied by 1 / sqrt(width) first, as in T5."""
+    tied = getattr(config, "model_type", None) in _SCALED_WHERE_TIED and config.tie_word_embeddings
+    return bool(getattr(config, "scale_decoder_outputs", tied))
+
+
+def _bias(model: Any, layer: Any) -> Tensor | None:
+    """The layer's bias, or the constant that models like BART add to the logits; None where it is zero."""
+    bias: Tensor | None = layer.bias
+    constant: Tensor | None = getattr(model, "final_logits_bias", None)
+    if bias is None and constant is not None and bool(constant.any()):
+        return constant.reshape(-1)
+    return bias
 
 
 def _adapters(layer: Any) -> list[Adapter]:

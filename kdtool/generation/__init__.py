@@ -6,10 +6,14 @@ position of the generated text, so the block form (the student drafts some token
 them in one pass, what follows the first rejected one is thrown away) gives the tokens of a loop over
 single tokens, whatever the size of the blocks and whichever rows are sampled together. Rows that are
 done leave the batch once they are half of it.
+
+What a model is given before it writes is tokens to go on from: the prompt of a causal model; of an
+encoder-decoder what its decoder begins with, beside a source that its encoder has read.
 """
 
 from kdtool.generation._draws import Warp, accepted, draw, uniforms
-from kdtool.generation._scorers import CachedModel, EncoderDecoder, Mixture, Scorer
+from kdtool.generation._encoder_decoder import EncoderDecoder, Source, in_step
+from kdtool.generation._scorers import CachedModel, Mixture, Scorer
 from kdtool.generation._writing import Generated, Interleaving, StopStrings, generate
 
 __all__ = [
@@ -19,10 +23,12 @@ __all__ = [
     "Interleaving",
     "Mixture",
     "Scorer",
+    "Source",
     "StopStrings",
     "Warp",
     "accepted",
     "draw",
     "generate",
+    "in_step",
     "uniforms",
 ]

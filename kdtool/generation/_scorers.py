@@ -87,54 +87,6 @@ class CachedModel:
             self._cache.batch_select_indices(rows)
 
 
-class EncoderDecoder:
-    """A model of transformers whose encoder reads the prompt and whose decoder writes alone.
-
-    Args:
-        model: The model; the caller puts it into eval mode.
-        start: Token that the decoder begins with.
-        vocabulary: Logits are cut to this many tokens, where heads are padded; None for all.
-    """
-
-    def __init__(self, model: nn.Module, start: int, vocabulary: int | None = None) -> None:
-        self.model: Any = model
-        self.start = start
-        self.vocabulary = vocabulary
-        self._cache: Any = None
-        self._seen = torch.zeros(0)
-        self._mask = torch.zeros(0, 0, dtype=torch.long)
-
-    def begin(self, ids: Tensor, mask: Tensor) -> None:
-        """Let the encoder read the whole prompts."""
-        self._cache, self._mask = None, mask
-        self._seen = self.model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
-
-    def feed(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Read what was written; the first time the token that the decoder begins with, whatever is given."""
-        if self._cache is None:
-            tokens = torch.full_like(tokens, self.start)
-        out = self.model(
-            encoder_outputs=(self._seen,),
-            attention_mask=self._mask,
-            decoder_input_ids=tokens,
-            past_key_values=self._cache,
-            use_cache=True,
-        )
-        self._cache = out.past_key_values
-        logits: Tensor = out.logits
-        return logits if self.vocabulary is None else logits[..., : self.vocabulary]
-
-    def keep(self, counts: Tensor, fed: int) -> None:
-        """Nothing it wrote itself is rejected; rows that are done may remember too much."""
-        assert fed == 1, "one token at a time"
-
-    def select(self, rows: Tensor) -> None:
-        """Drop what belongs to the other rows."""
-        self._mask, self._seen = self._mask[rows], self._seen[rows]
-        if self._cache is not None:
-            self._cache.batch_select_indices(rows)
-
-
 class Mixture:
     """Two models whose distributions are mixed: alpha p + (1 - alpha) q.
 

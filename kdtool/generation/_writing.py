@@ -81,6 +81,8 @@ class Interleaving:
         pad: Id behind the end.
         expected_length: Tokens over which `k` falls to 1, block by block; 0 leaves it.
         scored: Note log-probabilities.
+        in_step: Rows are repaired at the same place, and what was written ahead of it is written again; for models
+            that need it (see `in_step`).
     """
 
     k: int = 25
@@ -92,6 +94,7 @@ class Interleaving:
     pad: int = 0
     expected_length: int = 0
     scored: bool = False
+    in_step: bool = False
 
     def rank(self, block: int) -> int:
         """K in a block, counted from 0: it falls after the first and then every max(E // k, 1) of them."""
@@ -217,6 +220,9 @@ class _Writing:
             stopped = (ends & (self.columns[: ends.shape[1]] < emitted[:, None])).any(1)
         if self.settings.stop_strings is not None:
             emitted, stopped = self._cut(tokens, emitted, stopped, self.settings.stop_strings)
+        if self.settings.in_step and k is not None:
+            least = emitted[self.active].min()
+            emitted, stopped = emitted.clamp_max(least), stopped & (emitted <= least)
         row, column = (self.columns[: drafts.shape[1]] < emitted[:, None]).nonzero(as_tuple=True)
         where = (self.rows[row], self.done[row] + column)
         self.tokens[where], self.valid[where] = tokens[row, column], True

@@ -33,8 +33,8 @@ class Kept:
         folder: Path,
         step: int,
         rows: Tensor,
-        first: Tensor,
         ids: Tensor,
+        first: Tensor,
         out: Generated,
         teacher: Scorer | None,
     ) -> None:
@@ -44,8 +44,8 @@ class Kept:
             folder: Where the file lies.
             step: Number of the step, from 1.
             rows: Numbers of the rows.
+            ids: [rows, length] prompts, and perhaps texts behind them, padded on the right.
             first: [rows] tokens of each prompt.
-            ids: [rows, length] prompts and texts, padded on the right.
             out: What was generated.
             teacher: Who repaired; None if nobody did.
 

@@ -1,12 +1,13 @@
 """Methods of language models that compare student and teacher on texts, given or generated.
 
 A row is a prompt and what follows it: its response where the data has responses, else the second part of a
-window of plain text. What is generated keeps its token ids. The loss is made from hidden states, some tokens
-at a time (see `kdtool.divergences`).
+window of plain text. With encoder-decoders the prompt is the source that the encoder reads, and a row is what the
+decoder sees: the token that texts begin with, and the response. What is generated keeps its token ids. The loss
+is made from hidden states, some tokens at a time (see `kdtool.divergences`).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -17,16 +18,29 @@ from torch.distributed.tensor import DTensor
 from kdtool.data.examples import Examples
 from kdtool.divergences import Divergence, Head, Teacher, TopK, compare, head_of
 from kdtool.errors import TrainingProblem
-from kdtool.generation import CachedModel, Generated, Interleaving, Scorer, StopStrings, Warp, generate, uniforms
+from kdtool.generation import (
+    CachedModel,
+    EncoderDecoder,
+    Generated,
+    Interleaving,
+    Scorer,
+    Source,
+    StopStrings,
+    Warp,
+    generate,
+    in_step,
+    uniforms,
+)
 from kdtool.methods import _base
 from kdtool.methods._kept import Kept
 from kdtool.methods._once import Once
+from kdtool.methods._texts import Text, joined
 from kdtool.models import Loaded
 from kdtool.tasks._base import LABELS, ROWS, VIEW, Batch, Task
-from kdtool.tasks._heads import body_of
+from kdtool.tasks._heads import body_of, decoded
 from kdtool.tasks._language import IGNORED
 from kdtool.tasks._packing import POSITIONS
-from kdtool.tasks._writing import ends_of
+from kdtool.tasks._writing import decoder_start, ends_of, opening
 
 
 @dataclass(frozen=True)
@@ -93,29 +107,6 @@ class RepairConfig:
     """Nucleus of replacements."""
 
 
-@dataclass(frozen=True, slots=True)
-class Text:
-    """Texts of a step.
-
-    Attributes:
-        ids: [rows, length], padded on the right.
-        counts: [rows, length] bool, true for tokens that the loss counts.
-        positions: [rows, length] places of tokens where several texts share a row, else None.
-        written: Whether a model wrote them.
-        log_prob: [rows, length] float64, log-probability of written tokens where it was noted, else None.
-        parts: Sums for the log.
-        units: Units of those parts that are not over the tokens that count.
-    """
-
-    ids: Tensor
-    counts: Tensor
-    positions: Tensor | None = None
-    written: bool = False
-    log_prob: Tensor | None = None
-    parts: dict[str, Tensor] = field(default_factory=dict)
-    units: dict[str, Tensor] = field(default_factory=dict)
-
-
 class SequenceMethod(_base.Method):
     """Base: prompts, generation with draws that belong to rows and steps, and the loss."""
 
@@ -134,6 +125,7 @@ class SequenceMethod(_base.Method):
         # a window longer than the model's positions cannot be, so what follows a prompt in the data always fits
         self.positions = min(int(getattr(model.config, "max_position_embeddings", None) or 2**31) for model in models)
         self.stop = tuple(ends_of(self.student, student.processor))
+        self.opening = opening(models[0]) if models[0].config.is_encoder_decoder else []
         strings = getattr(config, "stop_strings", None)
         self.stop_strings = StopStrings(student.processor, strings) if strings else None
         self.kept, self.once = Kept(student.processor), Once(student.processor)
@@ -149,10 +141,11 @@ class SequenceMethod(_base.Method):
         return 0
 
     def setup(self, batch: Batch, data: Examples) -> None:
-        """Check that both models' heads give their logits.
+        """Check that both models' heads give their logits, and that their decoders begin alike.
 
         Raises:
-            TrainingProblem: one does not, so the loss could not be made from hidden states.
+            TrainingProblem: one does not, so the loss could not be made from hidden states; or its rows are written in
+                step, and a setting counts the blocks of each.
         """
         if isinstance(head_of(self.student).weight, DTensor):
             raise TrainingProblem(
@@ -164,20 +157,42 @@ class SequenceMethod(_base.Method):
                     f"the logits of {type(model).__name__} are not those of its output embedding",
                     hint="use another method, such as kd",
                 )
+        if self.opening and any(decoder_start(model) != self.opening[0] for model in self.models):
+            raise TrainingProblem(
+                "the decoders of teacher and student begin with different tokens",
+                hint="give both the same decoder_start_token_id in their config.json",
+            )
+        if self.in_step and getattr(self.config, "expected_seq_len", 0):
+            raise TrainingProblem(
+                f"method.expected_seq_len counts blocks of a text, and {type(self.student).__name__} writes in others",
+                hint="leave it out, or use T5 and its kin, whose decoders have relative positions",
+            )
+
+    @property
+    def in_step(self) -> bool:
+        """Whether one of the models needs rows that go on together."""
+        return any(map(in_step, self.models))
 
     @staticmethod
-    def hidden(model: Any, ids: Tensor, positions: Tensor | None = None) -> Tensor:
+    def hidden(model: Any, text: Text) -> Tensor:
         """Last hidden states [rows, length, width].
 
         Rows are padded on the right, where no token that counts can see, so there is no mask; positions that
         start anew keep texts of one row apart.
         """
-        inputs = {} if positions is None else {POSITIONS: positions}
-        found: Tensor = body_of(model)(input_ids=ids, use_cache=False, **inputs).last_hidden_state
+        if text.source is not None:
+            return decoded(model, text.ids, None, text.source.states(model), text.source.mask)
+        inputs = {} if text.positions is None else {POSITIONS: text.positions}
+        found: Tensor = body_of(model)(input_ids=text.ids, use_cache=False, **inputs).last_hidden_state
         return found
+
+    def source(self, batch: Batch) -> Source | None:
+        """What encoders read, where there are such."""
+        return Source(batch["input_ids"], batch["attention_mask"]) if self.opening else None
 
     def prompts(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Tokens of each row's prompt, at least one, and of what follows it, [rows] both."""
+        batch = self.task.lines(batch)
         ids = batch["input_ids"]
         if LABELS not in batch:
             rows, length = ids.shape
@@ -185,16 +200,25 @@ class SequenceMethod(_base.Method):
             found = torch.full((rows,), first, device=ids.device)
             return found, length - found
         counted = (batch[LABELS] != IGNORED).long()
-        first_counted = counted.argmax(1).clamp_min(1)
+        first_counted = counted.argmax(1).clamp_min(max(1, len(self.opening)))
         return first_counted, batch["attention_mask"].sum(1) - first_counted
 
     def given(self, batch: Batch) -> Text:
         """The texts of the data."""
+        source, batch = self.source(batch), self.task.lines(batch)
         ids = batch["input_ids"]
         if LABELS in batch:
-            return Text(ids, batch[LABELS] != IGNORED, batch.get(POSITIONS))
+            return Text(ids, batch[LABELS] != IGNORED, batch.get(POSITIONS), source=source)
         first, _ = self.prompts(batch)
         return Text(ids, torch.arange(ids.shape[1], device=ids.device) >= first[:, None])
+
+    def begun(self, batch: Batch) -> Tensor:
+        """Rows [rows, length] whose first tokens are what is to be gone on from."""
+        ids = self.task.lines(batch)["input_ids"]
+        if not self.opening:
+            return ids
+        start = torch.tensor(self.opening, device=ids.device).expand(len(ids), -1)
+        return torch.cat([start, ids[:, len(self.opening) :]], 1)
 
     def key(self, progress: float) -> list[int]:
         """Numbers that all draws of a step depend on."""
@@ -206,17 +230,18 @@ class SequenceMethod(_base.Method):
 
     def sampling(self, **values: Any) -> Interleaving:
         """Settings of sampling, with what ends a text."""
-        return Interleaving(stop=self.stop, stop_strings=self.stop_strings, **values)
+        return Interleaving(stop=self.stop, stop_strings=self.stop_strings, in_step=self.in_step, **values)
 
-    def scorer(self, model: Any) -> CachedModel:
-        """A model that reads and writes."""
-        return CachedModel(model, self.vocabulary)
+    def scorer(self, model: Any, source: Source | None = None) -> Scorer:
+        """A model that reads and writes; from a source where it has an encoder."""
+        return CachedModel(model, self.vocabulary) if source is None else EncoderDecoder(model, source, self.vocabulary)
 
     def sampled(self, batch: Batch, progress: float) -> Text:
         """Texts of the student alone."""
         cfg = self.config
         settings = self.sampling(student=Warp(cfg.student_temperature, cfg.student_top_p))
-        return self.write(batch, progress, settings, self.scorer(self.student))
+        source = self.source(batch)
+        return self.write(batch, progress, settings, self.scorer(self.student, source), source=source)
 
     def repaired(self, batch: Batch, progress: float) -> Text:
         """Texts of the student, repaired by its teacher."""
@@ -229,22 +254,26 @@ class SequenceMethod(_base.Method):
             teacher=Warp(cfg.teacher_temperature, cfg.teacher_top_p),
             scored=True,
         )
-        teacher = self.scorer(self.teacher_list[0].model)
-        return self.write(batch, progress, settings, self.scorer(self.student), teacher)
+        source = self.source(batch)
+        student, teacher = (self.scorer(model, source) for model in self.models)
+        return self.write(batch, progress, settings, student, teacher, source=source)
 
     def taught(self, batch: Batch, progress: float, warp: Warp) -> Text:
         """Texts of the teacher alone; a row has the same whenever it is seen, and in training it is written once."""
-        teacher, settings, key = self.scorer(self.teacher_list[0].model), self.sampling(student=warp), [int(self.seed)]
+        model: Any = self.teacher_list[0].model
+        settings, key, source = self.sampling(student=warp), [int(self.seed)], self.source(batch)
         if not self.training:
-            return self.write(batch, progress, settings, teacher, key=key)
+            return self.write(batch, progress, settings, self.scorer(model, source), key=key, source=source)
         if self.folder is not None:
             self.once.open(self.folder / "data")
         rows = batch[ROWS].tolist()
         new = self.once.missing(rows)
         if new:
             part = {name: value[new] for name, value in batch.items()}
-            self.once.add([rows[i] for i in new], self.drawn(part, settings, teacher, None, key))
-        return self.text(batch, progress, settings, self.once.of(rows, settings.pad, batch["input_ids"].device))
+            writer = self.scorer(model, self.source(part))
+            self.once.add([rows[i] for i in new], self.drawn(part, settings, writer, None, key))
+        out = self.once.of(rows, settings.pad, batch["input_ids"].device)
+        return self.text(batch, progress, settings, out, source=source)
 
     @torch.no_grad()
     def write(
@@ -255,6 +284,7 @@ class SequenceMethod(_base.Method):
         writer: Scorer,
         teacher: Scorer | None = None,
         key: Sequence[int] | None = None,
+        source: Source | None = None,
     ) -> Text:
         """Texts that go on from the prompts.
 
@@ -265,9 +295,10 @@ class SequenceMethod(_base.Method):
             writer: Writes.
             teacher: Repairs.
             key: Numbers that the draws depend on, besides the row (default: those of the step).
+            source: What encoders read, as the writers have it.
         """
-        numbers = self.key(progress) if key is None else key
-        return self.text(batch, progress, settings, self.drawn(batch, settings, writer, teacher, numbers), teacher)
+        out = self.drawn(batch, settings, writer, teacher, self.key(progress) if key is None else key)
+        return self.text(batch, progress, settings, out, teacher, source)
 
     @torch.no_grad()
     def drawn(
@@ -278,7 +309,7 @@ class SequenceMethod(_base.Method):
         most = self.config.max_new_tokens
         limits = room if most is None else (self.positions - first).clamp_max(most)
         places = torch.arange(int(first.max()), device=first.device) - (int(first.max()) - first)[:, None]
-        start = batch["input_ids"].gather(1, places.clamp_min(0))
+        start = self.begun(batch).gather(1, places.clamp_min(0))
         numbers = [[*key, int(row)] for row in batch[ROWS]]
         training = self.student.training
         self.student.eval()
@@ -289,18 +320,25 @@ class SequenceMethod(_base.Method):
         return out
 
     def text(
-        self, batch: Batch, progress: float, settings: Interleaving, out: Generated, teacher: Scorer | None = None
+        self,
+        batch: Batch,
+        progress: float,
+        settings: Interleaving,
+        out: Generated,
+        teacher: Scorer | None = None,
+        source: Source | None = None,
     ) -> Text:
         """Prompts and what goes on from them, with what is logged of it; see `write`."""
         first, _ = self.prompts(batch)
-        text = _joined(batch["input_ids"], first, out, settings)
+        text = joined(self.begun(batch), first, out, settings, source)
         if teacher is not None:
             size = out.valid.sum().float()
             text.parts["acceptance"], text.units["acceptance"] = (out.kept & out.valid).sum().float(), size
             text.parts["teacher log-likelihood"] = out.log_prob.sum().float()
             text.units["teacher log-likelihood"] = size
         if self.config.save_generations and self.training and self.folder is not None:
-            self.kept.add(self.folder, round(progress * self.steps) + 1, batch[ROWS], first, text.ids, out, teacher)
+            prompts = (text.ids, first) if source is None else (source.ids, source.mask.sum(1))
+            self.kept.add(self.folder, round(progress * self.steps) + 1, batch[ROWS], *prompts, out, teacher)
         return text
 
     def which(self) -> Divergence:
@@ -314,7 +352,7 @@ class SequenceMethod(_base.Method):
             return None
         told = self.caches[0].get(batch[VIEW])
         assert isinstance(told, TopK)
-        counts = text.counts[:, 1:]
+        counts, batch = text.counts[:, 1:], self.task.lines(batch)
         return told[counts[batch[LABELS][:, 1:] != IGNORED] if LABELS in batch else counts.flatten()]
 
     def learn(self, text: Text, weight: float = 1.0, ce_weight: float = 0.0, told: TopK | None = None) -> _base.Losses:
@@ -327,7 +365,7 @@ class SequenceMethod(_base.Method):
             told: What is known of the teacher, which is then not asked.
         """
         chosen = text.counts[:, 1:]
-        hidden = self.hidden(self.student, text.ids, text.positions)[:, :-1][chosen]
+        hidden = self.hidden(self.student, text)[:, :-1][chosen]
         labels = text.ids[:, 1:][chosen]
         parts, units = dict(text.parts), dict(text.units)
         teacher: Teacher | None = told
@@ -350,17 +388,4 @@ class SequenceMethod(_base.Method):
     def heard(self, text: Text, chosen: Tensor) -> tuple[Tensor, Head]:
         """The teacher's hidden states [tokens, width] at the chosen places [rows, length - 1], and its head."""
         model: Any = self.teacher_list[0].model
-        return self.hidden(model, text.ids, text.positions)[:, :-1][chosen], head_of(model).cut(self.vocabulary)
-
-
-def _joined(ids: Tensor, first: Tensor, out: Generated, settings: Interleaving) -> Text:
-    """Prompts and what was written after them, padded on the right."""
-    width = int((first + out.valid.sum(1)).max())
-    place = torch.arange(width, device=ids.device) - first[:, None]
-    longest = out.tokens.shape[1]
-    inside = place.clamp(0, longest - 1)
-    counts = out.valid.gather(1, inside) & (place >= 0) & (place < longest)
-    prompts = torch.nn.functional.pad(ids, (0, max(0, width - ids.shape[1])))[:, :width]
-    written = torch.where(counts, out.tokens.gather(1, inside), settings.pad)
-    log_prob = torch.where(counts, out.log_prob.gather(1, inside), 0.0) if settings.scored else None
-    return Text(torch.where(place < 0, prompts, written), counts, written=True, log_prob=log_prob)
+        return self.hidden(model, text)[:, :-1][chosen], head_of(model).cut(self.vocabulary)

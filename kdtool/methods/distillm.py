@@ -16,9 +16,9 @@ from torch import Tensor
 
 from kdtool.data.examples import Examples
 from kdtool.divergences import Divergence, compare, head_of
-from kdtool.generation import uniforms
+from kdtool.generation import Source, uniforms
 from kdtool.methods import _base, _sequences
-from kdtool.methods._sequences import Text
+from kdtool.methods._texts import Text
 from kdtool.models import Loaded
 from kdtool.tasks._base import ROWS, Batch, Task, to_device
 from kdtool.train.parallel import gather_units, places
@@ -59,7 +59,7 @@ class Method(_sequences.SequenceMethod):
     paper: ClassVar[str] = (
         "Ko et al.: DistiLLM: Towards Streamlined Distillation for Large Language Models, 2024, arXiv:2402.03898"
     )
-    tasks: ClassVar[frozenset[str]] = frozenset({"causal-lm"})
+    tasks: ClassVar[frozenset[str]] = frozenset({"causal-lm", "seq2seq-lm"})
     needs: ClassVar[str] = "texts to go on with"
     golden: ClassVar[str] = "no reference values of its divergences were published; they are checked against autograd"
 
@@ -69,6 +69,7 @@ class Method(_sequences.SequenceMethod):
     written: Tensor
     replay_ids: Tensor
     replay_spans: Tensor
+    replay_sources: Tensor
 
     def __init__(self, config: Any, student: Loaded, teachers: Sequence[Loaded], task: Task) -> None:
         super().__init__(config, student, teachers, task)
@@ -87,6 +88,8 @@ class Method(_sequences.SequenceMethod):
         width = min(self.positions, longest + (cfg.max_new_tokens or 0))
         self.register_buffer("replay_ids", torch.zeros(cfg.capacity, width, dtype=torch.int32))
         self.register_buffer("replay_spans", torch.zeros(cfg.capacity, 2, dtype=torch.int32))  # prompt, end
+        if self.opening:  # what the encoder read to each text, behind its length
+            self.register_buffer("replay_sources", torch.zeros(cfg.capacity, 1 + longest, dtype=torch.int32))
         rows = data if self.held_out is None else self.held_out
         self.watched = rows.select(range(min(cfg.watch_rows, len(rows))))
 
@@ -148,7 +151,7 @@ class Method(_sequences.SequenceMethod):
             rows = [self.watched[i] for i in range(start, min(start + _AT_ONCE, len(self.watched)))]
             text = self.given(to_device(self.task.collate(rows), self.phi.device))
             chosen = text.counts[:, 1:]
-            hidden = self.hidden(self.student, text.ids)[:, :-1][chosen]
+            hidden = self.hidden(self.student, text)[:, :-1][chosen]
             total += float(compare(hidden, head, None, text.ids[:, 1:][chosen], None, 0.0, 1.0)[1])
             count += int(chosen.sum())
         self.student.train()
@@ -160,8 +163,12 @@ class Method(_sequences.SequenceMethod):
         ends = torch.where(text.counts, columns + 1, 0).max(1).values
         first = text.counts.long().argmax(1)
         ids = torch.nn.functional.pad(text.ids, (0, max(0, self.replay_ids.shape[1] - text.ids.shape[1])))
-        numbers = rows.to(ids.device)
-        packed, _ = gather_units(torch.cat([numbers[:, None], first[:, None], ends[:, None], ids], 1))
+        numbers, width = rows.to(ids.device), ids.shape[1]
+        parts = [numbers[:, None], first[:, None], ends[:, None], ids]
+        if text.source is not None:
+            room = self.replay_sources.shape[1] - 1 - text.source.ids.shape[1]
+            parts += [text.source.mask.sum(1)[:, None], torch.nn.functional.pad(text.source.ids, (0, room))]
+        packed, _ = gather_units(torch.cat(parts, 1))
         order, _ = gather_units(places(len(ids), ids.device))
         seen: set[int] = set()
         for row in packed[order.argsort()]:
@@ -169,7 +176,9 @@ class Method(_sequences.SequenceMethod):
                 continue  # of a process without rows of its own
             seen.add(int(row[0]))
             place = int(self.written) % len(self.replay_ids)
-            self.replay_spans[place], self.replay_ids[place] = row[1:3], row[3:]
+            self.replay_spans[place], self.replay_ids[place] = row[1:3], row[3 : 3 + width]
+            if text.source is not None:
+                self.replay_sources[place] = row[3 + width :]
             self.written.add_(1)
 
     def _recalled(self, batch: Batch, progress: float) -> Text:
@@ -180,4 +189,13 @@ class Method(_sequences.SequenceMethod):
         first, ends = self.replay_spans[chosen].long().unbind(1)
         ids = self.replay_ids[chosen, : int(ends.max())].long()
         places = torch.arange(ids.shape[1], device=ids.device)
-        return Text(ids, (places >= first[:, None]) & (places < ends[:, None]), written=True)
+        counts = (places >= first[:, None]) & (places < ends[:, None])
+        return Text(ids, counts, written=True, source=self._source_of(chosen))
+
+    def _source_of(self, chosen: Tensor) -> Source | None:
+        """What encoders read to texts of the buffer; None where there are no encoders."""
+        if not self.opening:
+            return None
+        rows = self.replay_sources[chosen].long()
+        sizes, ids = rows[:, 0], rows[:, 1 : 1 + int(rows[:, 0].max())]
+        return Source(ids, (torch.arange(ids.shape[1], device=ids.device) < sizes[:, None]).long())

@@ -34,7 +34,7 @@ class Method(_sequences.SequenceMethod):
         "Agarwal et al.: On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes, 2023, "
         "arXiv:2306.13649"
     )
-    tasks: ClassVar[frozenset[str]] = frozenset({"causal-lm"})
+    tasks: ClassVar[frozenset[str]] = frozenset({"causal-lm", "seq2seq-lm"})
     needs: ClassVar[str] = "texts to go on with"
 
     def step(self, batch: Batch, progress: float) -> _base.Losses:

@@ -29,7 +29,7 @@ class Method(_sequences.SequenceMethod):
     paper: ClassVar[str] = (
         "Lin et al.: Autoregressive Knowledge Distillation through Imitation Learning, 2020, arXiv:2009.07253"
     )
-    tasks: ClassVar[frozenset[str]] = frozenset({"causal-lm"})
+    tasks: ClassVar[frozenset[str]] = frozenset({"causal-lm", "seq2seq-lm"})
     needs: ClassVar[str] = "texts to go on with"
 
     def student_share(self, progress: float) -> float:

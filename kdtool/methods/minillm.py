@@ -21,15 +21,14 @@ from torch import Tensor
 from kdtool.data.examples import Examples
 from kdtool.data.sources import load_data
 from kdtool.divergences import head_of
-from kdtool.generation import Mixture, Scorer, uniforms
+from kdtool.generation import Mixture, uniforms
 from kdtool.methods import _base, _sequences
 from kdtool.methods._policy import log_probs, pieces
-from kdtool.methods._sequences import Text
+from kdtool.methods._texts import Text
 from kdtool.models import Loaded
 from kdtool.run import Run
 from kdtool.sections import RunConfig
-from kdtool.tasks._base import LABELS, ROWS, Batch, Task
-from kdtool.tasks._language import IGNORED
+from kdtool.tasks._base import LABELS, ROWS, Batch, Task, to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +55,7 @@ class Method(_sequences.SequenceMethod):
     """MiniLLM."""
 
     paper: ClassVar[str] = "Gu et al.: MiniLLM: Knowledge Distillation of Large Language Models, 2023, arXiv:2306.08543"
-    tasks: ClassVar[frozenset[str]] = frozenset({"causal-lm"})
+    tasks: ClassVar[frozenset[str]] = frozenset({"causal-lm", "seq2seq-lm"})
     needs: ClassVar[str] = "texts to go on with"
 
     def __init__(self, config: Any, student: Loaded, teachers: Sequence[Loaded], task: Task) -> None:
@@ -69,7 +68,7 @@ class Method(_sequences.SequenceMethod):
         cfg = self.config
         if cfg.ce_weight and cfg.pretraining_text and self.windows is None:
             config = RunConfig()
-            config.data.source, config.data.task = cfg.pretraining_text, "causal-lm"
+            config.data.source, config.data.task = cfg.pretraining_text, self.task.name
             config.data.max_length = int(batch["input_ids"].shape[1])
             rows = load_data(config.data, self.task.columns, (), Run()).train
             assert rows is not None
@@ -78,17 +77,18 @@ class Method(_sequences.SequenceMethod):
     def step(self, batch: Batch, progress: float) -> _base.Losses:
         """Write together, then learn from it."""
         cfg = self.config
-        student: Scorer = self.scorer(self.student)
+        source = self.source(batch)
+        student = self.scorer(self.student, source)
         if cfg.teacher_mix:
-            student = Mixture(student, self.scorer(self.teacher_list[0].model), cfg.teacher_mix)
-        text = self.write(batch, progress, self.sampling(scored=True), student)
+            student = Mixture(student, self.scorer(self.teacher_list[0].model, source), cfg.teacher_mix)
+        text = self.write(batch, progress, self.sampling(scored=True), student, source=source)
         assert text.log_prob is not None
         mask = text.counts[:, 1:]
         teacher: Any = self.teacher_list[0].model
         with torch.no_grad():
-            there = self.hidden(teacher, text.ids)[:, :-1]
+            there = self.hidden(teacher, text)[:, :-1]
         found = pieces(
-            (self.hidden(self.student, text.ids)[:, :-1], head_of(self.student).cut(self.vocabulary)),
+            (self.hidden(self.student, text)[:, :-1], head_of(self.student).cut(self.vocabulary)),
             (there, head_of(teacher).cut(self.vocabulary)),
             text.ids[:, 1:],
             mask,
@@ -110,7 +110,7 @@ class Method(_sequences.SequenceMethod):
         """Mean over the tokens of each row's real text, times the row's units, so that rows add up to a batch."""
         text = self.given(batch) if self.windows is None else self._drawn(self.windows, batch, progress)
         chosen = text.counts[:, 1:]
-        found = self.hidden(self.student, text.ids)[:, :-1][chosen]
+        found = self.hidden(self.student, text)[:, :-1][chosen]
         each = log_probs(found, head_of(self.student).cut(self.vocabulary), text.ids[:, 1:][chosen])
         weight = units / chosen.sum(1).clamp_min(1)
         return -(each * weight.repeat_interleave(chosen.sum(1))).sum()
@@ -119,8 +119,7 @@ class Method(_sequences.SequenceMethod):
         """A window of the pretraining text for each row."""
         numbers = uniforms([[*self.key(progress), int(row), -2] for row in batch[ROWS]], 1)[:, 0, 0]
         chosen = self.task.collate([windows[int(u * len(windows))] for u in numbers])
-        ids = chosen["input_ids"].to(batch["input_ids"].device)
-        counts = torch.ones_like(ids, dtype=torch.bool)
+        chosen = to_device(chosen, batch["input_ids"].device)
         if LABELS in chosen:
-            counts = chosen[LABELS].to(ids.device) != IGNORED
-        return Text(ids, counts)
+            return self.given(chosen)
+        return Text(chosen["input_ids"], torch.ones_like(chosen["input_ids"], dtype=torch.bool))

@@ -28,7 +28,7 @@ class Method(_sequences.SequenceMethod):
         "Xu et al.: Speculative Knowledge Distillation: Bridging the Teacher-Student Gap Through Interleaved "
         "Sampling, 2024, arXiv:2410.11325"
     )
-    tasks: ClassVar[frozenset[str]] = frozenset({"causal-lm"})
+    tasks: ClassVar[frozenset[str]] = frozenset({"causal-lm", "seq2seq-lm"})
     needs: ClassVar[str] = "texts to go on with"
 
     def step(self, batch: Batch, progress: float) -> _base.Losses:

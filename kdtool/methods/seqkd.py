@@ -38,7 +38,7 @@ class Method(_sequences.SequenceMethod):
     """Sequence-level knowledge distillation."""
 
     paper: ClassVar[str] = "Kim, Rush: Sequence-Level Knowledge Distillation, 2016, arXiv:1606.07947"
-    tasks: ClassVar[frozenset[str]] = frozenset({"causal-lm"})
+    tasks: ClassVar[frozenset[str]] = frozenset({"causal-lm", "seq2seq-lm"})
     needs: ClassVar[str] = "texts to go on with"
     teacher_writes: ClassVar[bool] = True
     minimum: ClassVar[str] = "a sampled text is not the distribution it was sampled from"

@@ -27,7 +27,7 @@ class Method(_sequences.SequenceMethod):
     paper: ClassVar[str] = (
         "Sanh et al.: DistilBERT, a distilled version of BERT, 2019, arXiv:1910.01108; the baseline of GKD and SKD"
     )
-    tasks: ClassVar[frozenset[str]] = frozenset({"causal-lm"})
+    tasks: ClassVar[frozenset[str]] = frozenset({"causal-lm", "seq2seq-lm"})
     needs: ClassVar[str] = "next tokens to predict"
     packs: ClassVar[bool] = True
 

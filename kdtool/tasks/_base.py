@@ -163,6 +163,10 @@ class Task:
         """How many units each example of a language model's batch has, [examples] int64; `forward` keeps the order."""
         raise NotImplementedError
 
+    def lines(self, batch: Batch) -> Batch:
+        """Rows of prompt and response as models that write see them, token ids and labels; by default the batch."""
+        return batch
+
     def has_states(self, model: nn.Module) -> bool:
         """Whether `states` can take the place of `forward`, so that no logits need be held as a whole."""
         return False

@@ -17,6 +17,27 @@ def body_of(model: Any) -> Any:
     return plain.base_model
 
 
+def decoded(model: Any, ids: Tensor, mask: Tensor | None, seen: Tensor, seen_mask: Tensor | None) -> Tensor:
+    """Last hidden states [rows, length, width] of a decoder beside an encoder.
+
+    Args:
+        model: The whole model.
+        ids: What the decoder reads [rows, length].
+        mask: 1 for tokens, 0 for padding; None for no padding that a token could see.
+        seen: Last hidden states [rows, n, width] of the encoder.
+        seen_mask: 1 for its tokens, 0 for padding; None for no padding.
+    """
+    out = model.get_decoder()(
+        input_ids=ids,
+        attention_mask=mask,
+        encoder_hidden_states=seen,
+        encoder_attention_mask=seen_mask,
+        use_cache=False,
+    )
+    found: Tensor = out.last_hidden_state
+    return found
+
+
 @torch.no_grad()
 def has_plain_head(model: Any) -> bool:
     """Whether head and last hidden states give a model's logits, tried on a few tokens."""
@@ -28,8 +49,13 @@ def has_plain_head(model: Any) -> bool:
     training = model.training
     model.eval()
     try:
-        hidden = body_of(model)(input_ids=ids, use_cache=False).last_hidden_state
-        found, expected = head_of(model).logits(hidden), model(input_ids=ids, use_cache=False).logits
+        if model.config.is_encoder_decoder:
+            hidden = decoded(model, ids, None, model.get_encoder()(input_ids=ids).last_hidden_state, None)
+            expected = model(input_ids=ids, decoder_input_ids=ids, use_cache=False).logits
+        else:
+            hidden = body_of(model)(input_ids=ids, use_cache=False).last_hidden_state
+            expected = model(input_ids=ids, use_cache=False).logits
+        found = head_of(model).logits(hidden)
     finally:
         model.train(training)
     return found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-2, atol=1e-2)

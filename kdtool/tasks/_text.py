@@ -55,14 +55,15 @@ def padding_id(tokenizer: Any) -> int:
     return 0
 
 
-def pad(rows: Sequence[np.ndarray], value: int) -> tuple[Tensor, Tensor]:
-    """Right-pad rows of ids to one matrix.
+def pad(rows: Sequence[np.ndarray], value: int, left: bool = False) -> tuple[Tensor, Tensor]:
+    """Pad rows of ids to one matrix, on the right unless `left`.
 
     Returns:
         Ids and attention mask, both [batch, longest] int64.
     """
     lengths = np.array([len(row) for row in rows])
-    mask = np.arange(lengths.max()) < lengths[:, None]
+    places = np.arange(lengths.max())
+    mask = (places[::-1] if left else places) < lengths[:, None]
     ids = np.full(mask.shape, value, dtype=np.int64)
     ids[mask] = np.concatenate(rows)
     return torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64))

@@ -127,6 +127,16 @@ def decoder_start(model: Any) -> int:
     )
 
 
+def opening(model: Any) -> list[int]:
+    """Ids that every text of a decoder with an encoder begins with: its start, and what its settings force behind it.
+
+    Raises:
+        ModelProblem: the model does not say what its decoder begins with.
+    """
+    forced = getattr(model.generation_config, "forced_bos_token_id", None)
+    return [decoder_start(model), *([] if forced is None else [int(forced)])]
+
+
 def ends_of(model: Any, tokenizer: Any) -> list[int]:
     """Ids that end a text: the tokenizer's, and those the model names, such as the end of a turn."""
     named = model.generation_config.eos_token_id

@@ -8,14 +8,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from kdtool.data.examples import Examples
+from kdtool.divergences import head_of
 from kdtool.errors import DataProblem
 from kdtool.models import Loaded
 from kdtool.run import Run
 from kdtool.sections import RunConfig
-from kdtool.tasks._base import LABELS, Batch, Outputs
+from kdtool.tasks._base import LABELS, Batch, Outputs, States
+from kdtool.tasks._heads import decoded, has_plain_head
 from kdtool.tasks._language import IGNORED, LanguageTask
 from kdtool.tasks._prompts import REFERENCE, asked
 from kdtool.tasks._text import longest, pad
@@ -98,6 +101,28 @@ class Task(LanguageTask):
         logits = model(**inputs, use_cache=False).logits
         chosen = batch["decoder_attention_mask"] != 0
         return Outputs(logits[chosen], batch[LABELS][chosen] if LABELS in batch else None)
+
+    def has_states(self, model: nn.Module) -> bool:
+        """Whether the logits are those of the output embedding, tried on a few tokens."""
+        return has_plain_head(model)
+
+    def states(self, model: nn.Module, batch: Batch) -> States:
+        """The decoder's last hidden states at the tokens of the responses, and these."""
+        ids, mask, inputs, real = (batch[name] for name in _INPUTS)
+        anything: Any = model
+        seen = anything.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
+        hidden = decoded(model, inputs, real, seen, mask)
+        chosen = real != 0
+        return States(hidden[chosen], head_of(model), batch[LABELS][chosen])
+
+    def lines(self, batch: Batch) -> Batch:
+        """What decoders read and write: the token that they begin with, which does not count, and the response."""
+        start, labels, real = batch["decoder_input_ids"][:, :1], batch[LABELS], batch["decoder_attention_mask"]
+        return {
+            "input_ids": torch.cat([start, labels.masked_fill(real == 0, self.padding)], 1),
+            "attention_mask": torch.cat([torch.ones_like(start), real], 1),
+            LABELS: torch.cat([torch.full_like(start, IGNORED), labels], 1),
+        }
 
     def units(self, batch: Batch) -> Tensor:
         """Tokens of each response."""
