@@ -39,7 +39,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """`models(NAME)`: the folder of a tiny model, made once; tests must not write into it.
 
     Names: bert, bert-small, bert-permuted, vit, vit-small, resnet, wav2vec, wav2vec-small,
-    tabular, tabular-small, llama, llama-small, llama-bytes, llama-padded, t5, t5-small, masked, masked-small.
+    tabular, tabular-small, llama, llama-small, llama-bytes, llama-padded, t5, t5-small, bart, bart-small,
+    masked, masked-small.
     """
     from tests import tiny
 
@@ -61,6 +62,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         "llama-padded": lambda folder: tiny.llama(folder, layers=2, seed=4, padding=5),
         "t5": tiny.t5,
         "t5-small": lambda folder: tiny.t5(folder, layers=1, seed=2),
+        "bart": tiny.bart,
+        "bart-small": lambda folder: tiny.bart(folder, layers=1, seed=2),
         "masked": tiny.masked_bert,
         "masked-small": lambda folder: tiny.masked_bert(folder, layers=2, seed=2),
     }

@@ -63,9 +63,13 @@ class Kit:
 
 
 def make_kit(
-    task_name: str, models: Callable[[str], Path], data: Callable[[str], Path], source: str | None = None
+    task_name: str,
+    models: Callable[[str], Path],
+    data: Callable[[str], Path],
+    source: str | None = None,
+    pair: tuple[str, str] | None = None,
 ) -> Kit:
-    """The kit of a task, on the data named `source` instead of the task's usual ones."""
+    """The kit of a task, on the data named `source` and with models of these names instead of the task's usual ones."""
     assert task_name in PARTS, f"tests/kits.py has no tiny models and data for the task {task_name}: add them to PARTS"
     teacher_name, student_name, data_name = PARTS[task_name]
     overrides = [f"data.task={task_name}", *(OPTIONS.get(task_name, []) if source is None else [])]
@@ -74,7 +78,7 @@ def make_kit(
     task: Task = TASKS.get(task_name)()
     rows = get_data(config, task, run)
     loaded = []
-    for name in (teacher_name, student_name):
+    for name in pair or (teacher_name, student_name):
         one = load_model(str(models(name)), task.auto_class, run)
         load_processor(one, task, run)
         loaded.append(one)

@@ -56,12 +56,13 @@ def save_bert_tokenizer(folder: Path, reverse: bool = False) -> None:
     ).save_pretrained(folder)
 
 
-def save_marked_tokenizer(folder: Path) -> None:
+def save_marked_tokenizer(folder: Path, single: str = "$A [SEP]") -> None:
     """A word-level tokenizer for masked words, A [SEP] with a mask token, and for encoders with decoders."""
     vocabulary = {**_vocabulary(False), "[MASK]": len(_vocabulary(False))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A [SEP]", special_tokens=[("[SEP]", 3)])
+    special = [("[CLS]", 2), ("[SEP]", 3)]
+    tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token="[UNK]",
@@ -235,6 +236,31 @@ def t5(folder: Path, layers: int = 2, seed: int = 1) -> Path:
         eos_token_id=3,
     )
     return _save(config, "AutoModelForSeq2SeqLM", folder, seed)
+
+
+def bart(folder: Path, layers: int = 2, seed: int = 1) -> Path:
+    """The same with learnt positions, texts that begin with a forced token, and a constant added to logits."""
+    save_marked_tokenizer(folder, "[CLS] $A [SEP]")
+    config = transformers.BartConfig(
+        vocab_size=len(_vocabulary(False)) + 1,
+        d_model=WIDTH,
+        encoder_layers=layers,
+        decoder_layers=layers,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=2 * WIDTH,
+        decoder_ffn_dim=2 * WIDTH,
+        max_position_embeddings=32,
+        bos_token_id=2,
+        eos_token_id=3,
+        pad_token_id=0,
+        decoder_start_token_id=3,
+    )
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(_save(config, "AutoModelForSeq2SeqLM", folder, seed))
+    model.generation_config.forced_bos_token_id = 2
+    model.final_logits_bias += torch.linspace(-1, 1, model.final_logits_bias.shape[1])
+    model.save_pretrained(folder)
+    return folder
 
 
 def masked_bert(folder: Path, layers: int = 4, seed: int = 1) -> Path:

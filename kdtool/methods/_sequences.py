@@ -162,7 +162,7 @@ class SequenceMethod(_base.Method):
                 "the decoders of teacher and student begin with different tokens",
                 hint="give both the same decoder_start_token_id in their config.json",
             )
-        if self.in_step and getattr(self.config, "expected_seq_len", 0):
+        if getattr(self.config, "expected_seq_len", 0) and self.in_step:
             raise TrainingProblem(
                 f"method.expected_seq_len counts blocks of a text, and {type(self.student).__name__} writes in others",
                 hint="leave it out, or use T5 and its kin, whose decoders have relative positions",

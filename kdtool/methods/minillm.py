@@ -63,13 +63,13 @@ class Method(_sequences.SequenceMethod):
         self.windows: Examples | None = None
 
     def setup(self, batch: Batch, data: Examples) -> None:
-        """Read the pretraining text, if any, in windows as long as the first batch."""
+        """Read the pretraining text, if any, in windows as long as the first batch; prompts and responses whole."""
         super().setup(batch, data)
         cfg = self.config
         if cfg.ce_weight and cfg.pretraining_text and self.windows is None:
             config = RunConfig()
             config.data.source, config.data.task = cfg.pretraining_text, self.task.name
-            config.data.max_length = int(batch["input_ids"].shape[1])
+            config.data.max_length = None if self.opening else int(batch["input_ids"].shape[1])
             rows = load_data(config.data, self.task.columns, (), Run()).train
             assert rows is not None
             self.windows = self.task.encode(rows, self.student_loaded, config, Run())
