@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import ModelOutput
 
 
 class Source:
@@ -18,19 +18,24 @@ class Source:
     def __init__(self, ids: Tensor, mask: Tensor) -> None:
         self.ids = ids
         self.mask = mask
-        self._read: dict[int, tuple[nn.Module, Tensor]] = {}
+        self._read: dict[int, tuple[nn.Module, ModelOutput]] = {}
 
-    def states(self, model: nn.Module) -> Tensor:
-        """Last hidden states [rows, n, width] of a model's encoder.
+    def read(self, model: nn.Module) -> ModelOutput:
+        """What a model's encoder makes of it, in the form that the model takes.
 
-        They are kept where the model is frozen; one that trains reads in its present mode, with gradient if wanted.
+        It is kept where the model is frozen; one that trains reads in its present mode, with gradient if wanted.
         """
         if id(model) in self._read:
             return self._read[id(model)][1]
         anything: Any = model
-        found: Tensor = anything.get_encoder()(input_ids=self.ids, attention_mask=self.mask).last_hidden_state
+        found: ModelOutput = anything.get_encoder()(input_ids=self.ids, attention_mask=self.mask)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             self._read[id(model)] = model, found
+        return found
+
+    def states(self, model: nn.Module) -> Tensor:
+        """Last hidden states [rows, n, width] of a model's encoder."""
+        found: Tensor = self.read(model).last_hidden_state
         return found
 
 
@@ -60,7 +65,7 @@ class EncoderDecoder:
         self.source = source
         self.vocabulary = vocabulary
         self._cache: Any = None
-        self._seen = torch.zeros(0)
+        self._seen: Any = None
         self._seen_mask = source.mask
         self._mask = torch.zeros(0, 0, dtype=torch.long)
         self._gaps = False  # whether the mask hides anything
@@ -69,7 +74,7 @@ class EncoderDecoder:
         """Let the encoder read the source, and the decoder all but the last token of what it is given."""
         self._cache = None
         self._remember(mask[:, :-1])
-        self._seen, self._seen_mask = self.source.states(self.model), self.source.mask
+        self._seen, self._seen_mask = self.source.read(self.model), self.source.mask
         if ids.shape[1] > 1:
             self._cache = self._read(ids[:, :-1]).past_key_values
 
@@ -83,7 +88,7 @@ class EncoderDecoder:
 
     def _read(self, tokens: Tensor) -> Any:
         return self.model(
-            encoder_outputs=BaseModelOutput(last_hidden_state=self._seen),
+            encoder_outputs=self._seen,
             attention_mask=self._seen_mask,
             decoder_input_ids=tokens,
             decoder_attention_mask=self._mask if self._gaps else None,
@@ -117,6 +122,7 @@ class EncoderDecoder:
     def select(self, rows: Tensor) -> None:
         """Drop what belongs to the other rows."""
         self._remember(self._mask[rows])
-        self._seen, self._seen_mask = self._seen[rows], self._seen_mask[rows]
+        self._seen = type(self._seen)(last_hidden_state=self._seen.last_hidden_state[rows])
+        self._seen_mask = self._seen_mask[rows]
         if self._cache is not None:
             self._cache.batch_select_indices(rows)

@@ -175,16 +175,16 @@ class SequenceMethod(_base.Method):
 
     @staticmethod
     def hidden(model: Any, text: Text) -> Tensor:
-        """Last hidden states [rows, length, width].
+        """Last hidden states [rows, length - 1, width] that predict the tokens from the second on.
 
         Rows are padded on the right, where no token that counts can see, so there is no mask; positions that
         start anew keep texts of one row apart.
         """
         if text.source is not None:
-            return decoded(model, text.ids, None, text.source.states(model), text.source.mask)
+            return decoded(model, text.ids[:, :-1], None, text.source.states(model), text.source.mask)
         inputs = {} if text.positions is None else {POSITIONS: text.positions}
         found: Tensor = body_of(model)(input_ids=text.ids, use_cache=False, **inputs).last_hidden_state
-        return found
+        return found[:, :-1]
 
     def source(self, batch: Batch) -> Source | None:
         """What encoders read, where there are such."""
@@ -365,7 +365,7 @@ class SequenceMethod(_base.Method):
             told: What is known of the teacher, which is then not asked.
         """
         chosen = text.counts[:, 1:]
-        hidden = self.hidden(self.student, text)[:, :-1][chosen]
+        hidden = self.hidden(self.student, text)[chosen]
         labels = text.ids[:, 1:][chosen]
         parts, units = dict(text.parts), dict(text.units)
         teacher: Teacher | None = told
@@ -388,4 +388,4 @@ class SequenceMethod(_base.Method):
     def heard(self, text: Text, chosen: Tensor) -> tuple[Tensor, Head]:
         """The teacher's hidden states [tokens, width] at the chosen places [rows, length - 1], and its head."""
         model: Any = self.teacher_list[0].model
-        return self.hidden(model, text)[:, :-1][chosen], head_of(model).cut(self.vocabulary)
+        return self.hidden(model, text)[chosen], head_of(model).cut(self.vocabulary)

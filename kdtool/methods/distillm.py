@@ -151,7 +151,7 @@ class Method(_sequences.SequenceMethod):
             rows = [self.watched[i] for i in range(start, min(start + _AT_ONCE, len(self.watched)))]
             text = self.given(to_device(self.task.collate(rows), self.phi.device))
             chosen = text.counts[:, 1:]
-            hidden = self.hidden(self.student, text)[:, :-1][chosen]
+            hidden = self.hidden(self.student, text)[chosen]
             total += float(compare(hidden, head, None, text.ids[:, 1:][chosen], None, 0.0, 1.0)[1])
             count += int(chosen.sum())
         self.student.train()

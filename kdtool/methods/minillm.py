@@ -86,9 +86,9 @@ class Method(_sequences.SequenceMethod):
         mask = text.counts[:, 1:]
         teacher: Any = self.teacher_list[0].model
         with torch.no_grad():
-            there = self.hidden(teacher, text)[:, :-1]
+            there = self.hidden(teacher, text)
         found = pieces(
-            (self.hidden(self.student, text)[:, :-1], head_of(self.student).cut(self.vocabulary)),
+            (self.hidden(self.student, text), head_of(self.student).cut(self.vocabulary)),
             (there, head_of(teacher).cut(self.vocabulary)),
             text.ids[:, 1:],
             mask,
@@ -110,7 +110,7 @@ class Method(_sequences.SequenceMethod):
         """Mean over the tokens of each row's real text, times the row's units, so that rows add up to a batch."""
         text = self.given(batch) if self.windows is None else self._drawn(self.windows, batch, progress)
         chosen = text.counts[:, 1:]
-        found = self.hidden(self.student, text)[:, :-1][chosen]
+        found = self.hidden(self.student, text)[chosen]
         each = log_probs(found, head_of(self.student).cut(self.vocabulary), text.ids[:, 1:][chosen])
         weight = units / chosen.sum(1).clamp_min(1)
         return -(each * weight.repeat_interleave(chosen.sum(1))).sum()

@@ -97,7 +97,7 @@ def temperature_of(method: Any, config: RunConfig, what: str) -> float:
         raise UsageProblem(
             f"{what}: method {config.method_name} on {method.task.name} cannot learn from likely tokens alone",
             why="it needs all logits, more than one temperature, or is not for language models",
-            hint="--method kd and supervised-kd on causal-lm can",
+            hint="--method kd and supervised-kd on causal-lm and seq2seq-lm can",
         )
     return float(found)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from kdtool.data.examples import Examples
 from kdtool.divergences import Divergence, divergence, head_of
 from kdtool.errors import TrainingProblem
 from kdtool.registry import METHODS
@@ -80,6 +81,20 @@ def test_as_many_tokens_are_written_as_follow_in_the_data(kit):
     given = method.given(batch)
     assert int(given.counts.sum()) == int(kit.task.units(batch).sum())
     assert given.ids[given.counts].tolist() == batch[LABELS][batch[LABELS] != -100].tolist()
+
+
+def test_responses_as_long_as_a_decoder_takes(kits):
+    kit = kits["bart"]
+    rows = Examples({"prompt": ["the film was", "it"], "response": ["very " * 40, "great"]})
+    encoded = kit.task.encode(rows, kit.student, kit.config, Run())
+    batch = kit.task.collate([encoded[0], encoded[1]]) | {ROWS: torch.tensor([0, 1])}
+    assert batch[LABELS].shape[1] == kit.student.model.config.max_position_embeddings
+    for name in ("supervised-kd", "on-policy", "skd", "minillm"):
+        method = build(kit, name)
+        method.stop = ()
+        losses = method.step(batch, 0.5)
+        assert torch.isfinite(losses.total)
+        assert int(losses.count) >= 32
 
 
 def whole(method, text, ce_weight=0.0, **values):
