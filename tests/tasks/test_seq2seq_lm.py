@@ -99,12 +99,13 @@ def test_the_start_of_a_decoder_is_named_or_asked_for():
     assert decoder_start(model) == 7
 
 
-def test_a_run(models, data, tmp_path):
+@pytest.mark.parametrize("method", ["kd", "skd"])
+def test_a_run(models, data, tmp_path, method):
     options = {
         "teacher.model": str(models("t5")),
         "student.model": str(models("t5-small")),
         "data.source": str(data("prompts")),
-        "method.name": "kd",
+        "method.name": method,
         "output.folder": str(tmp_path / "out"),
         "train.max_steps": 3,
         "train.batch_size": 4,
