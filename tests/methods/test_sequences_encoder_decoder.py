@@ -1,18 +1,19 @@
 """Methods that write, with encoders and decoders: prompts are sources, rows are what the decoder sees."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn import functional
 
 from kdtool.data.examples import Examples
-from kdtool.divergences import Divergence, divergence, head_of
+from kdtool.divergences import Divergence, TopK, divergence, head_of
 from kdtool.errors import TrainingProblem
 from kdtool.registry import METHODS
 from kdtool.run import Run, Silent
 from kdtool.sections import TrainSection
-from kdtool.tasks._base import LABELS, ROWS
+from kdtool.tasks._base import LABELS, ROWS, VIEW
 from kdtool.train.loop import Trainer
 from kdtool.train.state import seed_everything
 from tests.kits import make_kit
@@ -134,6 +135,16 @@ def test_the_loss_is_that_of_whole_logits(kit, name, monkeypatch):
     scale = max(float(value.abs().max()) for key, value in slopes[1].items() if key != "loss")
     for key, value in slopes[1].items():
         torch.testing.assert_close(slopes[0][key], value, rtol=1e-4, atol=1e-4 * scale, msg=key)
+
+
+def test_a_cache_of_all_tokens_says_what_the_teacher_says(kit):
+    method, batch = build(kit, "supervised-kd"), kit.batch([0, 1, 2])
+    expected = method.step(batch, 0.5)
+    there = method.teach(batch).logits[:, : method.vocabulary]
+    method.caches[0] = SimpleNamespace(get=lambda rows: TopK.of(there, method.vocabulary))
+    method.teacher_list.clear()
+    found = method.step(batch | {VIEW: batch[ROWS]}, 0.5)
+    torch.testing.assert_close(found.total, expected.total, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", [*WRITERS, "supervised-kd", "minillm"])
