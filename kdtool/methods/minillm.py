@@ -10,6 +10,7 @@ The paper has two factors before R: the weight of the mixture and PPO's ratio to
 text is used once, so that ratio is 1, and the clip bounds their product.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
@@ -72,7 +73,8 @@ class Method(_sequences.SequenceMethod):
             config.data.max_length = None if self.opening else int(batch["input_ids"].shape[1])
             rows = load_data(config.data, self.task.columns, (), Run()).train
             assert rows is not None
-            self.windows = self.task.encode(rows, self.student_loaded, config, Run())
+            # a copy, since a task remembers the settings of what it has read, and scores by them later
+            self.windows = copy.copy(self.task).encode(rows, self.student_loaded, config, Run())
 
     def step(self, batch: Batch, progress: float) -> _base.Losses:
         """Write together, then learn from it."""

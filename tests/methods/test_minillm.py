@@ -5,6 +5,7 @@ import torch
 
 from kdtool.divergences import Head
 from kdtool.methods._policy import clipped, log_probs, pieces
+from kdtool.tasks._writing import Writing
 from kdtool.train.state import seed_everything
 from tests import tiny
 from tests.kits import gradients, make_kit
@@ -106,7 +107,9 @@ def test_pretraining_text_is_read_in_windows(kit, tmp_path):
     tiny.plain_text(tmp_path)
     batch = kit.batch([0, 1, 2])
     seed_everything(1)
+    kit.task.writing = Writing(7, ("END",))
     method = kit.build("minillm", pretraining_text=str(tmp_path)).eval()
+    assert method.task.writing == Writing(7, ("END",)), "what is scored afterwards is written as the run was told"
     assert method.windows.columns["input_ids"].shape[1] == kit.batch([0, 1])["input_ids"].shape[1]
     texts = [method._drawn(method.windows, batch, at) for at in (0.25, 0.25, 0.5)]
     assert torch.equal(texts[0].ids, texts[1].ids)
