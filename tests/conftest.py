@@ -5,6 +5,8 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: its pool of threads is made once
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import gc
+import signal
 import socket
 from collections.abc import Callable
 from functools import cache
@@ -24,6 +26,18 @@ def _refuse(self: socket.socket, address: object) -> None:
 
 
 socket.socket.connect = _refuse  # type: ignore[method-assign]
+
+
+def pytest_configure() -> None:
+    """A shell that starts the tests in the background ignores Ctrl-C, and so would they and all they start."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish() -> None:
+    """Thousands of tests and all of torch stay: the collector of garbage need not look through them again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
