@@ -62,15 +62,15 @@ def _one_thread() -> None:
 def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """`models(NAME)`: the folder of a tiny model, made once; tests must not write into it.
 
-    Names: bert, bert-one, bert-small, bert-permuted, vit, vit-one, vit-small, resnet, wav2vec, wav2vec-small,
-    tabular, tabular-small, llama, llama-one, llama-small, llama-bytes, llama-padded, t5, t5-small, masked, masked-small.
+    Names: bert, bert-small, bert-permuted, vit, vit-one, vit-small, resnet, wav2vec, wav2vec-small,
+    tabular, tabular-small, llama, llama-one, llama-small, llama-bytes, llama-padded, t5, t5-small, masked,
+    masked-small.
     """
     from tests import tiny
 
     root = tmp_path_factory.mktemp("models")
     makers: dict[str, Callable[[Path], Path]] = {
         "bert": tiny.bert,
-        "bert-one": lambda folder: tiny.bert(folder, layers=1, seed=2),
         "bert-small": lambda folder: tiny.bert(folder, layers=2, seed=2),
         "bert-permuted": lambda folder: tiny.bert(folder, layers=2, labels=["so so", "bad", "good"], seed=3),
         "vit": tiny.vit,
