@@ -32,57 +32,56 @@ _MOST_GROWTH = 3.0
 """Bound of half the variance: a second-order estimate means nothing far away."""
 _AT_ONCE = 1 << 19
 """Logits of block means formed at a time: what fits a processor's cache, and bounds the memory."""
-_MULTIPLE = 16
-"""Products of small matrices are quicker where their width is a multiple of the processor's vectors."""
 
 
-class Layout(NamedTuple):
-    """Queries in blocks and keys in leaves.
+class Groups(NamedTuple):
+    """Queries in blocks.
 
     Attributes:
-        query_order: [X, blocks rows] numbers of queries, each block consecutive.
-        key_order: [X, leaves c] numbers of keys, each leaf consecutive.
-        y: [X, n, m] features of the keys: squared distances are variances of logits' differences within blocks.
+        order: [X, blocks rows] numbers of queries, each block consecutive.
         directions: `query_features`, `features` [X, d, m] and `value_features` [X, dv, m], in which distances between
-            queries, keys and values are measured.
+            queries, keys and values are measured; squared distances of keys are variances of logits' differences
+            within blocks.
         middle: [X, blocks, d] mean queries.
         share: [X, blocks] spread of a block, relative to the mean over blocks.
+        empty: [X, blocks] blocks without a query that counts; None if there is none.
     """
 
-    query_order: Tensor
-    key_order: Tensor
-    y: Tensor
+    order: Tensor
     directions: State
     middle: Tensor
     share: Tensor
+    empty: Tensor | None
 
 
 class Leaves(NamedTuple):
     """Keys in the order of their leaves.
 
     Attributes:
-        table: [X, leaves, c, d + dv + more] keys, values, and what else is averaged with them.
+        table: [X, leaves, c, d + dv] keys and values side by side.
         hidden: [X, leaves, c, 1] places that hold no key; None if all do.
-        parts: Widths of keys, values and features y; |y|^2 comes next.
+        away: [X, leaves, c, 1] squared length of a key in the directions of the keys.
+        directions: [X or 1, d, m] those directions, with the scale of the logits: half the variance of a leaf's logits
+            over a block is half its spread in them, times the share of the block.
     """
 
     table: Tensor
     hidden: Tensor | None
-    parts: tuple[int, int, int]
+    away: Tensor
+    directions: Tensor
 
 
 @torch.no_grad()
-def lay_out(
+def group(
     rows: Tensor,
     k: Tensor,
     v: Tensor,
     valid: Tensor | None,
     real: Tensor | None,
-    scale: float,
-    sizes: tuple[int, int, int],
-    state: State | None,
-) -> Layout:
-    """Sort queries by how differently keys act on them, and keys by how differently they act within the blocks.
+    splits: tuple[int, int],
+    state: State | None = None,
+) -> Groups:
+    """Sort queries by how differently keys act on them.
 
     Args:
         rows: [X, R, d] queries.
@@ -90,8 +89,7 @@ def lay_out(
         v: [X, n, dv]
         valid: [X, n] keys that count; None for all.
         real: [X, R] queries that count; None for all.
-        scale: Factor of the logits.
-        sizes: Largest block and largest leaf first.
+        splits: Levels of the tree of queries, and queries of a block.
         state: Fixed directions, by name; made from the inputs where they are not given.
     """
     sets, total, width = rows.shape
@@ -100,16 +98,17 @@ def lay_out(
         keys = rows_for_moments(k, valid)
         # what all keys share moves all logits of a query alike, which softmax does not see
         fixed["query_features"] = key_features(rows, real, keys - keys.mean(1, keepdim=True))
-    levels, size = levels_for(total, sizes[0])
-    query_order = leaf_order(rows.float() @ fixed["query_features"], real, levels, size)
-    counts = present_in(query_order, total, real)
-    members = ordered(rows, query_order).float().reshape(sets, -1, size, width)
+    levels, size = splits
+    order = leaf_order(rows.float() @ fixed["query_features"], real, levels, size)
+    counts = present_in(order, total, real)
+    members = ordered(rows, order).float().reshape(sets, -1, size, width)
     if counts is None:
-        middle = members.mean(2)
+        middle, empty = members.mean(2), None
         away = members - middle.unsqueeze(2)
     else:
         weight = counts.float().reshape(sets, -1, size, 1)
-        middle = (members * weight).sum(2) / weight.sum(2).clamp_min(1.0)
+        many = weight.sum(2)
+        middle, empty = (members * weight).sum(2) / many.clamp_min(1.0), (many == 0).squeeze(-1)
         away = (members - middle.unsqueeze(2)) * weight
     moved = away.square().sum((2, 3))
     share = moved / moved.mean(1, keepdim=True).clamp_min(1e-30)
@@ -117,10 +116,7 @@ def lay_out(
         fixed["features"] = key_features(k, valid, pick(away.flatten(1, 2), counts, _SPREAD_ROWS), FEATURES)
     if "value_features" not in fixed:
         fixed["value_features"] = value_features(v, valid)
-    levels, size = levels_for(k.shape[1], sizes[1])
-    y, z = k.float() @ (fixed["features"] * scale), v.float() @ fixed["value_features"]
-    own = key_order(y, z, valid, levels, size)
-    return Layout(query_order, own, y, fixed, middle, share)
+    return Groups(order, fixed, middle, share, empty)
 
 
 def attend_in_blocks(
@@ -143,60 +139,71 @@ def attend_in_blocks(
         real: [X, R] queries that count; None for all.
         scale: Factor of the logits.
         sizes: Largest block, largest leaf, and the number of near leaves.
-        state: Fixed directions; see `lay_out`.
+        state: Fixed directions; see `group`.
 
     Returns:
         out [X, R, dv] and lse [X, R].
     """
-    sets, n, width = k.shape
+    sets, width = k.shape[0], k.shape[-1]
     near = sizes[2]
-    made = lay_out(rows, k, v, valid, real, scale, sizes, state)
+    made = group(rows, k, v, valid, real, levels_for(rows.shape[1], sizes[0]), state)
     blocks = made.middle.shape[1]
-    q = ordered(rows, made.query_order).reshape(sets, blocks, -1, width)
-    kind = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    leaves = leaves_of(k.to(kind), v.to(kind), valid, made, levels_for(n, sizes[1])[1])
-    middle = made.middle.to(kind)
+    q = ordered(rows, made.order).reshape(sets, blocks, -1, width)
+    leaves = leaves_of(k, v, valid, made.directions, scale, sizes[1])
+    middle = made.middle.to(leaves.table.dtype)
     outs, sums = [], []
     # a graph takes any number of sequences, so all blocks go at once
-    step = blocks if torch.compiler.is_exporting() else max(1, _AT_ONCE // (sets * made.key_order.shape[1]))
+    step = blocks if torch.compiler.is_exporting() else max(1, _AT_ONCE // (sets * leaves.table[0, ..., 0].numel()))
     for first in range(0, blocks, step):
         some = slice(first, min(first + step, blocks))
         centre, bias, mass = centres(leaves, middle[:, some], made.share[:, some], scale)
         chosen = mass.mT.topk(min(near, mass.shape[1]), dim=-1, sorted=False).indices
-        out, lse = near_and_far(q[:, some], leaves, centre.to(q.dtype), bias, chosen, scale)
+        out, lse = near_and_far(q[:, some], leaves.table, leaves.hidden, centre.to(q.dtype), bias, chosen, scale)
         outs.append(out)
         sums.append(lse)
-    return in_place(torch.cat(outs, 1), torch.cat(sums, 1), made.query_order, rows.shape[1])
+    return in_place(torch.cat(outs, 1), torch.cat(sums, 1), made.order, rows.shape[1])
 
 
-def leaves_of(k: Tensor, v: Tensor, valid: Tensor | None, made: Layout, size: int) -> Leaves:
-    """Keys, values, features y and |y|^2 side by side, in the order of the leaves, filled up with zeros."""
+def leaves_of(k: Tensor, v: Tensor, valid: Tensor | None, directions: State, scale: float, leaf: int) -> Leaves:
+    """Sort keys into leaves by how differently they act within the blocks, and by their values.
+
+    Args:
+        k: [X, n, d]
+        v: [X, n, dv]
+        valid: [X, n] keys that count; None for all.
+        directions: Those of the blocks.
+        scale: Factor of the logits.
+        leaf: Largest leaf.
+    """
     sets, n, _ = k.shape
-    y = made.y.to(k.dtype)
-    parts = [k, v, y, y.square().sum(-1, keepdim=True)]
-    fill = -sum(part.shape[-1] for part in parts) % _MULTIPLE
-    table = torch.cat([*parts, k.new_zeros((sets, n, fill))], -1)
-    present = present_in(made.key_order, n, valid)
+    levels, size = levels_for(n, leaf)
+    kind = torch.float64 if k.dtype == torch.float64 else torch.float32
+    with torch.no_grad():
+        own = directions["features"] * scale
+        y, z = k.float() @ own, v.float() @ directions["value_features"]
+        order = key_order(y, z, valid, levels, size)
+        away = y.square().sum(-1, keepdim=True)
+    table = ordered(torch.cat([k.to(kind), v.to(kind)], -1), order).reshape(sets, -1, size, k.shape[-1] + v.shape[-1])
+    present = present_in(order, n, valid)
     hidden = None if present is None else ~present.reshape(sets, -1, size, 1)
-    widths = (k.shape[-1], v.shape[-1], y.shape[-1])
-    return Leaves(ordered(table, made.key_order).reshape(sets, -1, size, table.shape[-1]), hidden, widths)
+    return Leaves(table, hidden, ordered(away, order).reshape(sets, -1, size, 1).to(kind), own.to(kind))
 
 
 def centres(leaves: Leaves, middle: Tensor, share: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """Centroids of all leaves for blocks with these mean queries; weights and biases are constant in the gradient.
 
     Args:
-        leaves: The keys, with features y and |y|^2.
+        leaves: The keys.
         middle: [X, b, d] mean queries.
         share: [X, b] relative spread of the blocks.
         scale: Factor of the logits.
 
     Returns:
-        centroids k_c, v_c and more [X, b, leaves, .], bias [X, b, leaves], and the logs of the leaves' shares of the
-        denominator at the mean queries, up to what all leaves of a block have in common [X, leaves, b].
+        centroids k_c and v_c side by side [X, b, leaves, d + dv], bias [X, b, leaves], and the logs of the leaves'
+        shares of the denominator at the mean queries, up to what all leaves of a block have in common [X, leaves, b].
     """
     sets, count, size, _ = leaves.table.shape
-    width, wide, features = leaves.parts
+    width = middle.shape[-1]
     middle = middle * scale
     with torch.no_grad():
         keys = leaves.table[..., :width].detach().reshape(sets, count * size, width)
@@ -210,23 +217,25 @@ def centres(leaves: Leaves, middle: Tensor, share: Tensor, scale: float) -> tupl
         mass = (top + torch.log(total)).squeeze(2)
     found = weight.mT @ leaves.table
     with torch.no_grad():
-        y = found[..., width + wide : width + wide + features]
-        second = found[..., width + wide + features]
-        grown = (second - y.square().sum(-1)).mul_(0.5 * share.unsqueeze(1)).clamp_(0.0, _MOST_GROWTH)
+        own = found[..., :width].detach()
+        y = (own.reshape(sets, -1, width) @ leaves.directions).square().sum(-1).reshape(own.shape[:3])
+        second = (weight * leaves.away).sum(2)
+        grown = (second - y).mul_(0.5 * share.unsqueeze(1)).clamp_(0.0, _MOST_GROWTH)
         mass = mass + grown
-        bias = mass - (found[..., :width] * middle.unsqueeze(1)).sum(-1)
+        bias = mass - (own * middle.unsqueeze(1)).sum(-1)
     return found.transpose(1, 2), bias.mT.contiguous(), mass
 
 
 def near_and_far(
-    q: Tensor, leaves: Leaves, centre: Tensor, bias: Tensor, chosen: Tensor, scale: float
+    q: Tensor, table: Tensor, gaps: Tensor | None, centre: Tensor, bias: Tensor, chosen: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Exact attention of each block to the keys of its chosen leaves, merged with the centroids of the others.
 
     Args:
         q: [X, b, rows, d]
-        leaves: The keys.
-        centre: [X, b, leaves, d + dv or more] centroids of keys and values.
+        table: [X, leaves, c, d + dv] keys and values.
+        gaps: [X, leaves, c, 1] places that hold no key; None if all do.
+        centre: [X, b, leaves, d + dv] centroids of keys and values.
         bias: [X, b, leaves]
         chosen: [X, b, near] numbers of leaves.
         scale: Factor of the logits.
@@ -234,26 +243,33 @@ def near_and_far(
     Returns:
         out [X, b, rows, dv] and lse [X, b, rows].
     """
-    near = chosen.shape[2]
-    width, wide, _ = leaves.parts
-    values = slice(width, width + wide)
+    near, width = chosen.shape[2], q.shape[-1]
     if near:
         bias = bias.scatter(2, chosen, _HIDDEN)
-    parts = [Part(centre[..., :width], centre[..., values], bias.unsqueeze(2))]
+    parts = [Part(centre[..., :width], centre[..., width:], bias.unsqueeze(2))]
     if near:
-        keys, hidden = opened(leaves, chosen)
+        keys, hidden = opened(table, gaps, chosen)
         keys = keys.to(q.dtype)
-        parts.append(Part(keys[..., :width], keys[..., values], None if hidden is None else hidden.unsqueeze(2)))
+        parts.append(Part(keys[..., :width], keys[..., width:], None if hidden is None else hidden.unsqueeze(2)))
     return merged(q, parts, scale)
 
 
-def opened(leaves: Leaves, chosen: Tensor) -> tuple[Tensor, Tensor | None]:
-    """All keys of chosen leaves [X, b, near]: [X, b, near c, .], and what hides places that hold none."""
+def opened(table: Tensor, gaps: Tensor | None, chosen: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Keys and values of chosen leaves [X, b, near], and what hides places that hold none.
+
+    Args:
+        table: [X, leaves, c, d + dv]
+        gaps: [X, leaves, c, 1] places that hold no key; None if all do.
+        chosen: [X, b, near] numbers of leaves.
+
+    Returns:
+        [X, b, near c, d + dv], and a bias [X, b, near c] or None.
+    """
     flat = chosen.flatten(1)
-    table = rows_at(leaves.table.flatten(2), flat).reshape(*chosen.shape[:2], -1, leaves.table.shape[-1])
-    if leaves.hidden is None:
-        return table, None
-    return table, hiding(rows_at(leaves.hidden.flatten(2), flat).reshape(table.shape[:3]))
+    found = rows_at(table.flatten(2), flat).reshape(*chosen.shape[:2], -1, table.shape[-1])
+    if gaps is None:
+        return found, None
+    return found, hiding(rows_at(gaps.flatten(2), flat).reshape(found.shape[:3]))
 
 
 def in_place(out: Tensor, lse: Tensor, order: Tensor, total: int) -> tuple[Tensor, Tensor]:

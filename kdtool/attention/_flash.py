@@ -24,7 +24,7 @@ class Tiles(NamedTuple):
 
     Attributes:
         rows: [X, Y' rows'] numbers of queries among the Y rows of a set, -1 for none.
-        back: [X, Y rows] where each query stands, -1 for those that are in no tile and do not see these keys.
+        back: [X, Y rows] where each query stands.
     """
 
     rows: Tensor
@@ -101,7 +101,7 @@ class _Merged(torch.autograd.Function):
         for i in range(len(causal)):
             rows = _arranged(q, tiles[i], kv[2 * i])
             out, lse = _attend(rows, kv[2 * i], kv[2 * i + 1], biases[i], causal[i], scale)
-            found.append((_back(out, tiles[i], q, 0.0), _back(lse.unsqueeze(-1), tiles[i], q, _HIDDEN).squeeze(-1)))
+            found.append((_back(out, tiles[i], q), _back(lse.unsqueeze(-1), tiles[i], q).squeeze(-1)))
         if len(found) == 1:
             out, lse = found[0]
         else:
@@ -133,7 +133,7 @@ class _Merged(torch.autograd.Function):
             own, dk, dv = _differentiate(
                 up.contiguous(), rows, k, v, answer, total.squeeze(-1), biases[i], causal[i], scale
             )
-            own = _back(own, tiles[i], q, 0.0)
+            own = _back(own, tiles[i], q)
             dq = own if dq is None else dq + own
             grads += [dk, dv]
         return (None, dq, *grads)
@@ -147,15 +147,9 @@ def _arranged(x: Tensor, tiles: Tiles | None, k: Tensor) -> Tensor:
     return rows_at(x.flatten(1, 2), places).reshape(x.shape[0], k.shape[1], -1, x.shape[-1])
 
 
-def _back(x: Tensor, tiles: Tiles | None, q: Tensor, missing: float) -> Tensor:
-    """Rows of a part's tiles at the places of the queries q [X, Y, rows, d], and what stands where there is none."""
-    if tiles is None:
-        return x
-    away = tiles.back < 0
-    found = rows_at(x.flatten(1, 2), tiles.back.clamp_min(0))
-    if bool(away.any()):
-        found.masked_fill_(away.unsqueeze(-1), missing)
-    return found.reshape(*q.shape[:3], x.shape[-1])
+def _back(x: Tensor, tiles: Tiles | None, q: Tensor) -> Tensor:
+    """Rows of a part's tiles at the places of the queries q [X, Y, rows, d]."""
+    return x if tiles is None else rows_at(x.flatten(1, 2), tiles.back).reshape(*q.shape[:3], x.shape[-1])
 
 
 def _has_kernel(q: Tensor) -> bool:

@@ -130,7 +130,7 @@ def _parts(segment: Segment, rank: Tensor, seen: Tensor | None) -> list[Part]:
     with torch.no_grad():
         flat = rank.transpose(1, 2).flatten(1)  # position after position
         block = (torch.searchsorted(segment.first, flat.contiguous(), right=True) - 1).clamp_min(0)
-        of_tile, tiles = tiles_of(block, seen, None, blocks, groups, _TILE)
+        of_tile, tiles = tiles_of(block, seen, blocks, groups, _TILE)
     picked_k, picked_v = (
         rows_at(x.flatten(2), of_tile).reshape(sets, -1, *x.shape[2:]) for x in (segment.k, segment.v)
     )

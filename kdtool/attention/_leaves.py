@@ -3,15 +3,12 @@
 Shapes: X independent sets, n keys or rows. All directions and weights are constant in the gradient.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from kdtool.attention._tree import leaf_order, levels_for, rows_at
+from kdtool.attention._tree import leaf_order, rows_at
 
-_HIDDEN = float("-inf")
-FEATURES = 15
+FEATURES = 16
 """Directions in which the spread of keys within leaves is measured."""
 _QUERY_FEATURES = 8
 _KEY_FEATURES = 6
@@ -23,22 +20,6 @@ _VALUE_SHARE = 2.0
 """Spread of the values beside that of the keys in the metric of the tree; a leaf loses what differs in both."""
 _FLOOR = 1e-30
 """Probability below which a pilot says nothing of a leaf."""
-
-
-class Summary(NamedTuple):
-    """Leaves of one set of keys.
-
-    Attributes:
-        order: [X, leaves size] numbers of keys, n and above for none; each leaf is consecutive.
-        k: [X, leaves, d] centroids.
-        v: [X, leaves, dv] centroids of the values.
-        bias: [X, leaves] log of the weight of a leaf, -inf for an empty one.
-    """
-
-    order: Tensor
-    k: Tensor
-    v: Tensor
-    bias: Tensor
 
 
 def pick(rows: Tensor, valid: Tensor | None, count: int) -> Tensor:
@@ -126,56 +107,6 @@ def key_order(y: Tensor, z: Tensor, valid: Tensor | None, levels: int, size: int
         spread = (some - some.mean(1, keepdim=True)).square().sum(-1).mean(-1).sqrt()
         parts.append(seen * (share / spread.clamp_min(_FLOOR))[:, None, None])
     return leaf_order(torch.cat(parts, -1), valid, levels, size)
-
-
-def summarise(
-    k: Tensor, v: Tensor, valid: Tensor | None, queries: Tensor, pilots: Tensor, scale: float, leaf: int
-) -> Summary:
-    """Group keys into leaves, and stand for each leaf by a centroid that is the same for all queries.
-
-    w_j ~ mean_i P_ij over the exact softmax rows P of pilot queries, and
-    bias_c = log(mean_i sum_{j in c} P_ij / mean_i exp(s q_i.k_c) / Z_i).
-
-    Args:
-        k: [X, n, d]
-        v: [X, n, dv]
-        valid: [X, n] keys that count; None for all.
-        queries: [X, rows, d] for the metric.
-        pilots: [X, rows, d] whose exact softmax rows weight the keys.
-        scale: Factor of the logits.
-        leaf: Largest leaf.
-    """
-    n = k.shape[1]
-    levels, size = levels_for(n, leaf)
-    with torch.no_grad():
-        y, z = k.float() @ key_features(k, valid, queries), v.float() @ value_features(v, valid)
-    order = key_order(y, z, valid, levels, size)
-    present = present_in(order, n, valid)
-    own_k, own_v = ordered(k, order), ordered(v, order)
-    with torch.no_grad():
-        logits = pilots.float() @ own_k.detach().float().mT * scale
-        if present is not None:
-            logits = logits.masked_fill(~present.unsqueeze(1), _HIDDEN)
-        top = logits.amax(-1, keepdim=True)
-        p = torch.exp(logits - top.masked_fill(top == _HIDDEN, 0.0))
-        total = p.sum(-1, keepdim=True).clamp_min(_FLOOR)
-        mean = ((1.0 / total).mT @ p).squeeze(1) / pilots.shape[1]  # [X, places]
-        weight = mean + 1e-3 / n
-        if present is not None:
-            weight = weight * present
-        weight = weight.unflatten(1, (-1, size))  # type: ignore[no-untyped-call]
-        mass = mean.unflatten(1, (-1, size)).sum(-1)  # type: ignore[no-untyped-call]
-        weight = weight / weight.sum(-1, keepdim=True).clamp_min(_FLOOR)
-    centre_k, centre_v = centroids(own_k, weight), centroids(own_v, weight)
-    with torch.no_grad():
-        far = torch.exp(pilots.float() @ centre_k.detach().float().mT * scale - top.masked_fill(top == _HIDDEN, 0.0))
-        stands = ((1.0 / total).mT @ far).squeeze(1) / pilots.shape[1]
-        count = float(size) if present is None else present.unflatten(1, (-1, size)).sum(-1).float()  # type: ignore[no-untyped-call]
-        count = torch.as_tensor(count, device=k.device).expand_as(mass)
-        known = (mass > _FLOOR) & (stands > _FLOOR)
-        bias = torch.where(known, torch.log(mass.clamp_min(_FLOOR) / stands.clamp_min(_FLOOR)), torch.log(count))
-        bias = bias.masked_fill(count == 0, _HIDDEN)
-    return Summary(order, centre_k, centre_v, bias)
 
 
 def centroids(rows: Tensor, weight: Tensor) -> Tensor:

@@ -4,9 +4,8 @@ Queries are sorted into blocks and keys into leaves by trees, in the metrics in 
 of a leaf also have like values. A block attends to one centroid (k_c, v_c) with a bias for each leaf, made for its
 mean query, and exactly to the keys of its `near` most relevant leaves; the two parts are merged by their
 log-sum-exps. A space-partition-tree form of the kernel density estimate of KDEformer. Causal: chunks attend exactly
-to themselves and to centroids of what comes before them, made for the mean query of an earlier block that is next to
-their own, so that only earlier positions shape them. With block=0, coarser and much faster, all later queries share
-the centroids of a chunk, weighted by the softmax rows of its pilot queries.
+to themselves and to centroids of what comes before them, made for the mean query of a group of earlier queries that is
+next to their own, so that only earlier positions shape them.
 """
 
 from dataclasses import dataclass
@@ -18,17 +17,13 @@ from torch import Tensor
 
 from kdtool.attention import exact
 from kdtool.attention._base import Call, State, counted, short
-from kdtool.attention._blocks import Leaves, attend_in_blocks, in_place, near_and_far
+from kdtool.attention._blocks import attend_in_blocks, in_place, near_and_far
 from kdtool.attention._causal import attend_causal
-from kdtool.attention._chunks import attend_in_chunks
 from kdtool.attention._flash import Part, merged
 from kdtool.attention._leaves import centroids, ordered
 
 paper: str = "after Zandieh et al., KDEformer, ICML 2023, arXiv 2302.02451; own formulation"
 causal: bool = True
-
-BLOCK = 64
-"""Queries of a block where the setting does not say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +33,10 @@ class Config:
     leaf: Annotated[int, Field(ge=1)] = 32
     """Largest number of keys that share a centroid."""
     near: Annotated[int, Field(ge=0)] = 0
-    """Leaves whose keys a block of queries attends to exactly; 0 for centroids only. Causal with blocks alone."""
-    block: Annotated[int | None, Field(ge=0)] = None
-    """Largest number of queries that share their centroids and near leaves; 0 for centroids that all queries share.
-    None for 64, and for 0 when causal, where blocks pay on very long inputs only."""
-    pilots: Annotated[int, Field(ge=1)] = 32
-    """Queries of a causal chunk whose exact softmax rows weight its keys, with block=0."""
+    """Leaves whose keys a block of queries attends to exactly; 0 for centroids only."""
+    block: Annotated[int, Field(ge=0)] = 64
+    """Largest number of queries that share their centroids and near leaves, causal of a chunk, on average; 0 for
+    centroids that all queries share."""
     chunk: Annotated[int, Field(ge=16)] = 1024
     """Length of the exact causal chunks."""
     min_length: Annotated[int, Field(ge=0)] = 2048
@@ -74,16 +67,13 @@ def attend(
     if call.causal:
         if not plain or nq != n or n <= config.chunk:
             return exact.attend(q, k, v, call)
-        if config.block:
-            return attend_causal(q, k, v, call, config.chunk, (config.block, config.leaf, config.near))
-        return attend_in_chunks(q, k, v, call, config.chunk, config.pilots, config.leaf)
+        return attend_causal(q, k, v, call, config.chunk, (config.block, config.leaf, config.near))
     if not plain:
         return exact.attend(q, k, v, call)
     batch, heads, kv = q.shape[0], q.shape[1], k.shape[1]
     rows = q.reshape(batch * kv, heads // kv * nq, q.shape[-1])
     valid, real = counted(call, kv, heads // kv, nq, n)
-    block = BLOCK if config.block is None else config.block
-    sizes = (block or rows.shape[1], config.leaf, config.near)
+    sizes = (config.block or rows.shape[1], config.leaf, config.near)
     out, lse = attend_in_blocks(rows, k.flatten(0, 1), v.flatten(0, 1), valid, real, call.scale, sizes, state)
     return out.reshape(batch, heads, nq, -1), lse.reshape(batch, heads, nq)
 
@@ -167,9 +157,8 @@ def near_far_attention(
     centre = torch.cat(summaries(keys, values, order, w.flatten(0, 1), size), -1)
     centre = centre.unsqueeze(1).expand(-1, blocks, -1, -1)
     far_bias = bias.flatten(0, 1).unsqueeze(1).expand(-1, blocks, -1)
-    table = ordered(torch.cat([keys, values], -1), order)
-    leaves = Leaves(table.reshape(batch * heads, -1, size, table.shape[-1]), None, (width, v.shape[-1], 0))
+    table = ordered(torch.cat([keys, values], -1), order).reshape(batch * heads, -1, size, width + v.shape[-1])
     rows = ordered(q.flatten(0, 1), query_order).reshape(batch * heads, blocks, -1, width)
-    found = near_and_far(rows, leaves, centre, far_bias, sel.flatten(0, 1), scale)
+    found = near_and_far(rows, table, None, centre, far_bias, sel.flatten(0, 1), scale)
     out, lse = in_place(*found, query_order, nq)
     return out.reshape(batch, heads, nq, -1), lse.reshape(batch, heads, nq)

@@ -37,13 +37,12 @@ _LEAVES = [
     {"leaf": 16, "near": 32, "block": 64},
 ]
 _CAUSAL_LEAVES = [
-    {"leaf": 64, "block": 0},
-    {"leaf": 32, "block": 0},
     {"leaf": 128, "block": 256},
-    {"leaf": 64, "block": 128},
-    {"leaf": 32, "block": 64},
-    {"leaf": 16, "block": 64},
-    {"leaf": 16, "block": 64, "near": 4},
+    {"leaf": 64, "block": 64},
+    {"leaf": 32, "block": 32},
+    {"leaf": 32, "block": 16},
+    {"leaf": 32, "block": 16, "chunk": 2048},
+    {"leaf": 16, "block": 16, "chunk": 2048},
 ]
 _BUCKETS = [{"bucket": size, "samples": size} for size in (64, 128, 256, 512)]
 _LADDERS: Mapping[str, Sequence[Mapping[str, int]]] = {

@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping
 from torch import Tensor, nn
 
 from kdtool.attention._base import State
-from kdtool.attention._blocks import lay_out
-from kdtool.attention.cluster import BLOCK, Config
+from kdtool.attention._blocks import group
+from kdtool.attention._tree import levels_for
+from kdtool.attention.cluster import Config
 from kdtool.errors import UsageProblem
 from kdtool.patching.interface import Layer
 from kdtool.patching.saving import layers_of
@@ -18,8 +19,7 @@ from kdtool.patching.saving import layers_of
 def _cluster(q: Tensor, k: Tensor, v: Tensor) -> State:
     """Directions of the trees over queries, keys and values, with blocks of the default size."""
     rows = q[0].reshape(k.shape[1], -1, q.shape[-1])
-    sizes = (BLOCK, Config().leaf, 0)  # leaves do not shape the directions, blocks do a little
-    return lay_out(rows, k[0], v[0], None, None, 1.0, sizes, None).directions
+    return group(rows, k[0], v[0], None, None, levels_for(rows.shape[1], Config().block)).directions
 
 
 _MAKERS: Mapping[str, Callable[[Tensor, Tensor, Tensor], State]] = {"cluster": _cluster}

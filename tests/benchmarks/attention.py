@@ -113,19 +113,18 @@ SETTINGS: list[tuple[str, dict[str, int]]] = [
 
 CAUSAL: list[tuple[str, dict[str, int]]] = [
     ("cluster", {}),
-    ("cluster", {"leaf": 16}),
-    ("cluster", {"leaf": 64}),
-    ("cluster", {"leaf": 32, "block": 64}),
-    ("cluster", {"leaf": 64, "block": 128}),
-    ("cluster", {"leaf": 128, "block": 128}),
     ("cluster", {"leaf": 128, "block": 256}),
-    ("cluster", {"leaf": 16, "block": 64, "near": 4}),
+    ("cluster", {"leaf": 64, "block": 64}),
+    ("cluster", {"leaf": 32, "block": 32}),
+    ("cluster", {"leaf": 32, "block": 16}),
+    ("cluster", {"leaf": 32, "block": 16, "chunk": 2048}),
+    ("cluster", {"leaf": 16, "block": 16, "chunk": 2048}),
     ("kdeformer", {}),
     ("kdeformer-paper", {}),
     ("hyper", {}),
     ("performer", {}),
 ]
-"""Causal attention shares centroids among all queries by default; blocks are slower and nearer."""
+"""Causal groups are those of earlier queries, so smaller ones are wanted than without a mask."""
 
 SHAPES = (("T2T-ViT", T2T, {"bucket": 32, "samples": 98}), ("BigGAN", BIGGAN, {"bucket": 64, "samples": 128}))
 

@@ -13,7 +13,6 @@ SMALL = {
     "leaf": 4,
     "near": 2,
     "block": 8,
-    "pilots": 8,
     "chunk": 16,
     "landmarks": 8,
     "features": 16,

@@ -28,7 +28,7 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 SIDE = 32
-SETTINGS = {"leaf": 16, "near": 1, "block": 32, "pilots": 8, "chunk": 32}
+SETTINGS = {"leaf": 16, "near": 1, "block": 32, "chunk": 32}
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ pytest.importorskip("onnxscript")
 
 LENGTH = 64
 SETTINGS = {
-    "cluster": {"leaf": 16, "near": 1, "block": 32, "pilots": 8, "chunk": 32},
+    "cluster": {"leaf": 16, "near": 1, "block": 32, "chunk": 32},
     "kdeformer": {"bucket": 16, "samples": 16},
 }
 

@@ -9,7 +9,7 @@ from kdtool.errors import ModelProblem, UsageProblem
 from kdtool.patching import interface
 from tests.patching.families import EXACT, FAMILIES, N, build, ids, noise, output, text
 
-SETTINGS = {"leaf": 4, "near": 2, "block": 16, "pilots": 16, "chunk": 16}
+SETTINGS = {"leaf": 4, "near": 2, "block": 16, "chunk": 16}
 each = pytest.mark.parametrize("name", FAMILIES)
 
 

@@ -19,7 +19,7 @@ from kdtool.run import Run
 from kdtool.saving import save_model
 from tests.patching.families import FAMILIES, build, noise, output
 
-SETTINGS = {"leaf": 4, "near": 2, "block": 16, "pilots": 16, "chunk": 16}
+SETTINGS = {"leaf": 4, "near": 2, "block": 16, "chunk": 16}
 
 
 def patched(name="bert"):
