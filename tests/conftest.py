@@ -5,10 +5,13 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: its pool of threads is made once
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import gc
+import signal
 import socket
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,6 +29,27 @@ def _refuse(self: socket.socket, address: object) -> None:
 socket.socket.connect = _refuse  # type: ignore[method-assign]
 
 
+def pytest_configure() -> None:
+    """A shell that starts the tests in the background ignores Ctrl-C, and so would they and all they start."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keep the tests of a file in one process, whatever `--dist` says: they share runs and graphs that take long."""
+    from xdist.scheduler import LoadFileScheduling
+
+    config.option.loadscopereorder = False  # by number of tests: files of few and long ones would come last
+    return LoadFileScheduling(config, log)
+
+
+def pytest_collection_finish() -> None:
+    """Thousands of tests and all of torch stay: the collector of garbage need not look through them again and again."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     """Sums of one thread are the same on every machine."""
@@ -38,8 +62,8 @@ def _one_thread() -> None:
 def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """`models(NAME)`: the folder of a tiny model, made once; tests must not write into it.
 
-    Names: bert, bert-small, bert-permuted, vit, vit-small, resnet, wav2vec, wav2vec-small,
-    tabular, tabular-small, llama, llama-small, llama-bytes, llama-padded, t5, t5-small, bart, bart-small,
+    Names: bert, bert-small, bert-permuted, vit, vit-one, vit-small, resnet, wav2vec, wav2vec-small,
+    tabular, tabular-small, llama, llama-one, llama-small, llama-bytes, llama-padded, t5, t5-small, bart, bart-small,
     masked, masked-small.
     """
     from tests import tiny
@@ -50,6 +74,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         "bert-small": lambda folder: tiny.bert(folder, layers=2, seed=2),
         "bert-permuted": lambda folder: tiny.bert(folder, layers=2, labels=["so so", "bad", "good"], seed=3),
         "vit": tiny.vit,
+        "vit-one": lambda folder: tiny.vit(folder, layers=1, seed=2),
         "vit-small": lambda folder: tiny.vit(folder, layers=2, seed=2),
         "resnet": tiny.resnet,
         "wav2vec": tiny.wav2vec,
@@ -57,6 +82,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         "tabular": tiny.tabular,
         "tabular-small": lambda folder: tiny.tabular(folder, layers=1, seed=2),
         "llama": tiny.llama,
+        "llama-one": lambda folder: tiny.llama(folder, layers=1, seed=2),
         "llama-small": lambda folder: tiny.llama(folder, layers=2, seed=2),
         "llama-bytes": tiny.byte_llama,
         "llama-padded": lambda folder: tiny.llama(folder, layers=2, seed=4, padding=5),

@@ -120,7 +120,7 @@ def test_a_teacher_explains_in_one_call_and_answers_in_another(server, tmp_path)
     assert rows[0]["answer"] == "0"
     assert rows[0]["input"] == "What is 0 and 0?"
     first, second = server.asked[0], server.asked[-1]
-    assert first["prompt"].startswith("Q: What is 0 and ")
+    assert first["prompt"].startswith("Q: What is ")  # several are asked at once, and any may be the first to arrive
     assert first["prompt"].endswith("?\nA: Let's think step by step.")
     assert second["prompt"].endswith("\nTherefore, the answer is")
     assert second["temperature"] == 0

@@ -46,14 +46,29 @@ def test_compare_with_control(tmp_path):
     assert set(json.loads((tmp_path / "out" / "comparison.json").read_text())["methods"]) == {"none", "kd"}
 
 
-@pytest.mark.parametrize(("keep", "code", "said"), [("0.01", 0, "passed"), ("0.99", 3, "too little of its teacher")])
-def test_gate(tmp_path, keep, code, said):
-    done = run(["bash", str(FOLDER / "gate.sh"), str(tmp_path / "out")], KEEP=keep, **TINY)
-    assert done.returncode == code, done.stderr
-    assert said in done.stdout
+def test_gate(tmp_path):
+    done = run(["bash", str(FOLDER / "gate.sh"), str(tmp_path / "out")], KEEP="0.99", **TINY)
+    assert done.returncode == 3, done.stderr
+    assert "too little of its teacher" in done.stdout
     result = json.loads((tmp_path / "out" / "result.json").read_text())
-    assert [gate["passed"] for gate in result["gates"]] == [code == 0]
+    assert [gate["passed"] for gate in result["gates"]] == [False]
     assert (tmp_path / "out" / "student" / "report.md").is_file()
+
+
+@pytest.mark.parametrize(
+    ("code", "said"), [(0, "passed"), (3, "too little of its teacher"), (5, "failed with exit code 5")]
+)
+def test_gate_ends_as_kdtool_does(tmp_path, code, said):
+    """With a `kdtool` that notes its words and does nothing."""
+    program = tmp_path / "kdtool"
+    program.write_text(f'#!/bin/sh\necho "$@"\nexit {code}\n')
+    program.chmod(0o755)
+    words = 'PATH="$1:$PATH" exec bash "$2" "$3"'
+    gate = ["bash", "-c", words, "-", str(tmp_path), str(FOLDER / "gate.sh"), str(tmp_path / "out")]
+    done = run(gate, KEEP="0.42", **TINY)
+    assert done.returncode == code
+    assert said in done.stdout
+    assert "--fail-under token-accuracy.retention=0.42" in (tmp_path / "out" / "result.json").read_text()
 
 
 def test_workflow_names_options_that_exist(tmp_path):

@@ -1,10 +1,16 @@
+import contextlib
+import functools
+import io
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+
+from kdtool.cli import app
 
 Result = subprocess.CompletedProcess[str]
 
@@ -18,11 +24,37 @@ def clean_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     return kept | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | dict(extra or {})
 
 
+def run_here(*args: str | Path, folder: Path, env: Mapping[str, str] | None = None) -> Result:
+    """Run the command line in this process and a folder, as `main` does."""
+    out, err, before = io.StringIO(), io.StringIO(), dict(os.environ)
+    own = clean_environment(env)
+    try:
+        os.environ.clear()
+        os.environ.update(own)
+        with (
+            contextlib.chdir(folder),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            warnings.catch_warnings(),
+        ):
+            code = app.run([str(arg) for arg in args])
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    return subprocess.CompletedProcess([str(arg) for arg in args], code, out.getvalue(), err.getvalue())
+
+
 @pytest.fixture
 def kdtool(tmp_path: Path) -> Callable[..., Result]:
+    """Run the command line in this process, in an empty folder."""
+    return functools.partial(run_here, folder=tmp_path)
+
+
+@pytest.fixture
+def process(tmp_path: Path) -> Callable[..., Result]:
     """Run the command line as a real process, in an empty folder."""
 
-    def call(*args: str, env: Mapping[str, str] | None = None, timeout: float = 120) -> Result:
+    def call(*args: str, env: Mapping[str, str] | None = None, timeout: float = 600) -> Result:
         return subprocess.run(
             [sys.executable, "-m", "kdtool", *args],
             env=clean_environment(env),

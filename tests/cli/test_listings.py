@@ -46,7 +46,7 @@ def test_methods_show_json(kdtool) -> None:
     assert temperature["doc"]
 
 
-def test_plugins_of_other_packages(tmp_path: Path, kdtool) -> None:
+def test_plugins_of_other_packages(tmp_path: Path, process) -> None:
     """An installed package may bring a method; a required setting is asked for by name."""
     (tmp_path / "their_kd.py").write_text(
         '"""Distil as they do."""\n\nclass Config:\n    weight: float\n    """How much."""\n\n'
@@ -57,14 +57,14 @@ def test_plugins_of_other_packages(tmp_path: Path, kdtool) -> None:
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[kdtool.methods]\ntheirs = their_kd\n")
     env = {"PYTHONPATH": str(tmp_path)}
-    page = kdtool("methods", "show", "theirs", env=env).stdout
+    page = process("methods", "show", "theirs", env=env).stdout
     assert "Distil as they do." in page
     assert "weight = required" in page
-    assert "theirs " in kdtool("methods", "ls", env=env).stdout
-    done = kdtool("distill", "t", "--method", "theirs", env=env)
+    assert "theirs " in process("methods", "ls", env=env).stdout
+    done = process("distill", "t", "--method", "theirs", env=env)
     assert done.returncode == 2
     assert "theirs needs --set method.weight=..." in done.stderr
-    done = kdtool(
+    done = process(
         "distill", "t", "--method", "theirs", "--set", "method.weight=1.0", "--student", "s", "--data", "d",
         "--task", "text-classification", env=env,
     )  # fmt: skip
@@ -132,8 +132,8 @@ def test_env_never_shows_tokens(kdtool) -> None:
         assert secret not in done.stdout
 
 
-def test_env_is_text_by_default(kdtool) -> None:
-    page = kdtool("env").stdout
+def test_env_is_text_by_default(process) -> None:
+    page = process("env").stdout
     assert page.startswith("Python: ")
     assert "Devices: cpu" in page
 
@@ -191,10 +191,10 @@ COMPLETED = {
 
 
 @pytest.mark.parametrize("case", COMPLETED)
-def test_completion(case: str, kdtool) -> None:
+def test_completion(case: str, process) -> None:
     words, expected = COMPLETED[case]
     env = {"_KDTOOL_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
-    done = kdtool(env=env)
+    done = process(env=env)
     assert done.stderr == ""
     found = done.stdout.split()
     assert set(expected) <= set(found)

@@ -126,15 +126,15 @@ def test_json_has_one_error_object(arguments: list[str], kdtool) -> None:
     assert done.stderr.startswith("error: ")
 
 
-def test_json_from_the_environment(kdtool) -> None:
-    done = kdtool("distill", "--bogus", env={"KDTOOL_JSON": "1"})
+def test_json_from_the_environment(process) -> None:
+    done = process("distill", "--bogus", env={"KDTOOL_JSON": "1"})
     assert json.loads(done.stdout)["error"]["code"] == "usage"
 
 
-def test_output_folder_in_use(tmp_path: Path, kdtool) -> None:
+def test_output_folder_in_use(tmp_path: Path, process) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("mine")
-    done = kdtool("export", "m", "-o", "out")
+    done = process("export", "m", "-o", "out")
     assert done.returncode == 2
     assert "output folder 'out' is not empty" in done.stderr
     assert "--overwrite" in done.stderr
@@ -167,23 +167,23 @@ def test_options_win_over_the_file(tmp_path: Path, kdtool) -> None:
     assert "train.lr=-2" in kdtool("distill", "-c", "run.yaml", "--lr=-2").stderr
 
 
-def test_no_arguments_show_help_on_stderr(kdtool) -> None:
-    done = kdtool()
+def test_no_arguments_show_help_on_stderr(process) -> None:
+    done = process()
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith("Usage: kdtool")
 
 
-def test_version(kdtool) -> None:
-    done = kdtool("--version")
+def test_version(process) -> None:
+    done = process("--version")
     assert re.fullmatch(r"kdtool \d+\.\d+\S*\n", done.stdout)
     assert done.stderr == ""
 
 
-def test_debug_shows_the_traceback(kdtool) -> None:
-    assert "Traceback" in kdtool("methods", "show", "kdd", env={"KDTOOL_DEBUG": "1"}).stderr
-    assert "Traceback" in kdtool("distill", "-vv").stderr
-    assert "Traceback" not in kdtool("distill", "-v").stderr
+def test_debug_shows_the_traceback(process) -> None:
+    assert "Traceback" in process("methods", "show", "kdd", env={"KDTOOL_DEBUG": "1"}).stderr
+    assert "Traceback" in process("distill", "-vv").stderr
+    assert "Traceback" not in process("distill", "-v").stderr
 
 
 def test_a_closed_pipe_is_silent(tmp_path: Path) -> None:

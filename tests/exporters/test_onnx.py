@@ -24,9 +24,9 @@ pytest.importorskip("onnxscript")
 
 AUTO = {
     "bert-small": "AutoModelForSequenceClassification",
-    "vit-small": "AutoModelForImageClassification",
+    "vit-one": "AutoModelForImageClassification",
     "wav2vec-small": "AutoModelForAudioClassification",
-    "llama-small": "AutoModelForCausalLM",
+    "llama-one": "AutoModelForCausalLM",
 }
 
 ALONE = """
@@ -102,7 +102,7 @@ def test_parity_is_checked_on_several_shapes(exported: Export) -> None:
     shapes = [tuple(shape["input_ids"]) for shape in exported("bert-small").proof.reload["shapes"]]
     assert len(set(shapes)) >= 4
     assert {rows for rows, _ in shapes} == {1, 2, 4}
-    lengths = {shape["input_ids"][1] for shape in exported("llama-small").proof.reload["shapes"]}
+    lengths = {shape["input_ids"][1] for shape in exported("llama-one").proof.reload["shapes"]}
     assert len(lengths) == 3
 
 
@@ -177,7 +177,7 @@ def test_float16_keeps_the_types_of_inputs_and_outputs(exported: Export) -> None
 
 @pytest.mark.parametrize(
     ("name", "data_name", "extra"),
-    [("bert-small", "text", []), ("vit-small", "images", []), ("llama-small", "plain", ["data.max_length=8"])],
+    [("bert-small", "text", []), ("vit-one", "images", []), ("llama-one", "plain", ["data.max_length=8"])],
 )
 def test_evaluate_scores_the_folder_beside_its_source(
     name: str,

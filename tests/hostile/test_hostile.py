@@ -323,6 +323,8 @@ def test_the_command_line_says_one_line_and_leaves_no_trace(model, data, tmp_pat
         "distill", model, "--student", "layers:1", "--method", "kd", "--data", data("text"), "-o", "out", cwd=tmp_path
     )
     assert done.returncode == 2
+    assert done.stdout == ""
     assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) <= 5, done.stderr
     assert "damaged" in done.stderr
     assert not (tmp_path / "out").exists()

@@ -119,7 +119,7 @@ def process(hub: Hub, tmp_path: Path) -> Callable[..., Done]:
             cwd=tmp_path,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=600,
             stdin=subprocess.DEVNULL,
             check=False,
         )

@@ -120,7 +120,7 @@ def test_export_to_a_pull_request_and_a_fault_at_the_end(lab, cli, tmp_path, sma
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["push"]["pull_request"] == f"{lab.url}/bob/open/discussions/1"
     lab.fail("/commit/", status=500, times=99)
-    done = cli("export", "local", "-o", "two", "--push", "open", "--json", token=TOKEN)
+    done = cli("export", "local", "-o", "two", "--push", "open", "--json", *QUICK[-2:], token=TOKEN)
     assert done.returncode == 4
     assert "the result in two is complete, but not published" in error_of(done)["message"]
     assert (tmp_path / "two" / "model.safetensors").is_file()

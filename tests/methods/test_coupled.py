@@ -14,7 +14,7 @@ def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     words = [sys.executable, "-m", "tests.methods.coupled"]
     running = [subprocess.Popen([*words, str(rank), str(folder)]) for rank in (0, 1)]
-    assert [one.wait(120) for one in running] == [0, 0]
+    assert [one.wait(600) for one in running] == [0, 0]
     return [torch.load(folder / f"found{rank}.pt") for rank in (0, 1)]
 
 

@@ -9,7 +9,7 @@ import torch
 from kdtool.divergences import _transport, cost, shortlist, sinkhorn_distance
 from kdtool.methods.sinkd import annealed, soft_cross_entropy
 from tests import tiny
-from tests.cli.conftest import clean_environment
+from tests.cli.conftest import clean_environment, run_here
 from tests.kits import make_kit
 
 
@@ -142,20 +142,27 @@ def test_two_processes_solve_one_problem(tmp_path):
     """17 rows in steps of 8, 8 and 1: in the last, one process has no row of its own."""
     teacher, rows = tiny.bert(tmp_path / "teacher", dropout=0.0), tiny.text_data(tmp_path / "rows", train=17)
 
-    def history(folder, batch, *launch):
-        words = [sys.executable, *launch, "-m", "kdtool", "distill", teacher, "--student", "layers:2", "--data", rows]
+    def words_of(folder, batch):
+        words = ["distill", teacher, "--student", "layers:2", "--data", rows]
         words += ["--method", "sinkd", "--batch-size", batch, "--epochs", 2, "-o", tmp_path / folder]
         chosen = ["eval.latency=false", "eval.reload=false", "output.plots=false", "train.log_every=1"]
         for item in (*chosen, "train.lr=0.001", "train.teacher_cache=false", "method.scale=1"):
             words += ["--set", item]
-        done = subprocess.run(
-            list(map(str, words)), env=clean_environment(), capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        return json.loads((tmp_path / folder / "kdtool.json").read_text())["history"]
+        return list(map(str, words))
 
-    one = history("one", 8)
-    two = history("two", 4, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "kdtool"]
+    two = subprocess.Popen(
+        [*launch, *words_of("two", 4)],
+        env=clean_environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    alone = run_here(*words_of("one", 8), folder=tmp_path)
+    assert alone.returncode == 0, alone.stderr
+    _, err = two.communicate(timeout=900)
+    assert two.returncode == 0, err[-2000:]
+    one, two = (json.loads((tmp_path / name / "kdtool.json").read_text())["history"] for name in ("one", "two"))
     assert len(one) == len(two) == 2 * math.ceil(17 / 8)
     for left, right in zip(one, two, strict=True):
         assert right["loss"] == pytest.approx(left["loss"], rel=1e-5)

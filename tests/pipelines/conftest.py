@@ -1,20 +1,16 @@
 """Runs of the real command line: as processes where that matters, in this process where it does not."""
 
-import contextlib
-import io
+import functools
 import json
-import os
 import subprocess
 import sys
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kdtool.cli import app
-from tests.cli.conftest import clean_environment
+from tests.cli.conftest import clean_environment, run_here
 
 QUICK = ["--set", "eval.latency=false", "--set", "eval.reload=false", "--set", "output.plots=false"]
 """Leaves out what takes long and is shown elsewhere."""
@@ -56,29 +52,20 @@ def start(*args: str | Path, folder: Path, **more: Any) -> subprocess.Popen:
 
 
 def wait(process: subprocess.Popen) -> Outcome:
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=900)
     return Outcome(process.returncode, out, err)
 
 
+def call(*args: str | Path, folder: Path) -> Outcome:
+    """Run the command line in this process."""
+    done = run_here(*args, folder=folder, env={"KDTOOL_CACHE": str(folder / "cache")})
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
 @pytest.fixture
-def cli(monkeypatch, tmp_path):
-    """`cli(ARGUMENTS)`: run the command line in this process, as `main` does."""
-
-    def call(*args: str | Path) -> Outcome:
-        out, err = io.StringIO(), io.StringIO()
-        before, own = dict(os.environ), clean_environment({"KDTOOL_CACHE": str(tmp_path / "cache")})
-        monkeypatch.chdir(tmp_path)
-        try:
-            os.environ.clear()
-            os.environ.update(own)
-            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
-                code = app.run([str(arg) for arg in args])
-        finally:
-            os.environ.clear()
-            os.environ.update(before)
-        return Outcome(code, out.getvalue(), err.getvalue())
-
-    return call
+def cli(tmp_path):
+    """`cli(ARGUMENTS)`: run the command line in this process, in an empty folder."""
+    return functools.partial(call, folder=tmp_path)
 
 
 MODALITIES = {
@@ -106,19 +93,13 @@ class Distilled:
 
 @pytest.fixture(scope="session")
 def distilled(models, data, tmp_path_factory):
-    """`distilled[NAME]`: kdtool distill on pairs, images, audio and plain text, each a real process."""
+    """`distilled[NAME]`: kdtool distill on pairs, as a real process, on images, audio and plain text."""
     root = tmp_path_factory.mktemp("distilled")
-    running = {}
+    made = {}
     for name, (teacher, student, options) in MODALITIES.items():
         chosen = student or models("vit-small")
         arguments = ["distill", models(teacher), "--student", chosen, "--method", "kd", "--data", data(name)]
         arguments += ["--max-steps", "3", "--batch-size", "4", "--set", "eval.latency_repeats=2", "-o", root / name]
-        running[name] = start(*arguments, *options, folder=root)
-        if len(running) % 2 == 0:
-            # two at a time: each needs several hundred megabytes
-            for process in running.values():
-                process.wait(timeout=300)
-    return {
-        name: Distilled(wait(process), root / name, models(MODALITIES[name][0]), data(name))
-        for name, process in running.items()
-    }
+        run = call if made else lambda *words, folder: wait(start(*words, folder=folder))
+        made[name] = Distilled(run(*arguments, *options, folder=root), root / name, models(teacher), data(name))
+    return made

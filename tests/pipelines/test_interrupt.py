@@ -11,16 +11,16 @@ from kdtool.config import load_config
 from kdtool.errors import UsageProblem
 from kdtool.pipelines.output import Output
 from kdtool.train import checkpoint
-from tests.pipelines.conftest import QUICK, start, wait
+from tests.pipelines.conftest import QUICK, call, start, wait
 
-STEPS = 500
+STEPS = 240
 
 
 @pytest.fixture(scope="module")
 def arguments(models, data):
     """The command without its output folder."""
     given = ["distill", models("bert"), "--student", "layers:2", "--method", "kd", "--data", data("pairs")]
-    given += ["--max-steps", str(STEPS), "--batch-size", "4", "--set", "train.checkpoint_every=20"]
+    given += ["--max-steps", str(STEPS), "--batch-size", "4", "--set", "train.checkpoint_every=10"]
     return [*map(str, given), *QUICK]
 
 
@@ -35,7 +35,7 @@ def cut_off(arguments, tmp_path_factory):
     signals = [signal.SIGINT, signal.SIGTERM, signal.SIGKILL]
     running = [start(*arguments, "-o", root / number.name, folder=root) for number in signals]
     waiting = list(zip(signals, running, strict=True))
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while waiting:
         for number, process in list(waiting):
             if steps_of(root / number.name):
@@ -53,7 +53,7 @@ def cut_off(arguments, tmp_path_factory):
 @pytest.fixture(scope="module")
 def unbroken(arguments, tmp_path_factory):
     root = tmp_path_factory.mktemp("unbroken")
-    ended = wait(start(*arguments, "-o", root / "out", folder=root))
+    ended = call(*arguments, "-o", root / "out", folder=root)
     assert ended.code == 0, ended.err
     return (root / "out" / "model.safetensors").read_bytes()
 

@@ -354,12 +354,3 @@ def test_json_errors_are_one_object(command, cli):
     assert found.answer["error"]["code"] == "usage"
     assert "kdd" in found.answer["error"]["message"]
     assert found.answer["error"]["hint"]
-
-
-def test_errors_of_a_real_process(command, broken, tmp_path):
-    (broken / "model.safetensors").write_bytes(b"")
-    found = wait(start(*command(teacher=broken), folder=tmp_path))
-    assert found.code == 2
-    assert "are damaged" in found.problem
-    assert found.out == ""
-    assert len(found.err.splitlines()) <= 5, found.err
