@@ -11,7 +11,6 @@ import socket
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -33,15 +32,6 @@ def pytest_configure() -> None:
     """A shell that starts the tests in the background ignores Ctrl-C, and so would they and all they start."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Keep the tests of a file in one process, whatever `--dist` says: they share runs and graphs that take long."""
-    from xdist.scheduler import LoadFileScheduling
-
-    config.option.loadscopereorder = False  # by number of tests: files of few and long ones would come last
-    return LoadFileScheduling(config, log)
 
 
 def pytest_collection_finish() -> None:

@@ -47,9 +47,12 @@ def tokens_of(spec: Spec) -> dict[str, int]:
 
 
 def needed(spec: Spec) -> set[int]:
-    """Tokens without which some text could not be encoded, or not as well: added ones, characters, bytes."""
+    """Tokens without which some text could not be encoded, or not as well: added ones, characters, bytes.
+
+    Those that a post-processor names stay, too, whether it uses them or not.
+    """
     model, tokens = spec["model"], tokens_of(spec)
-    stay = {added["id"] for added in spec["added_tokens"]}
+    stay = {added["id"] for added in spec["added_tokens"]} | _named(spec.get("post_processor"))
     if model.get("unk_id") is not None:
         stay.add(model["unk_id"])
     if model.get("unk_token") in tokens:
@@ -124,6 +127,21 @@ def trim(spec: Spec, numbers: Mapping[int, int]) -> Spec:
         trimmed["padding"]["pad_id"] = numbers[trimmed["padding"]["pad_id"]]
     _renumber(trimmed.get("post_processor"), numbers)
     return trimmed
+
+
+def _named(node: Any) -> set[int]:
+    """Numbers of the special tokens in post-processors, in the places that `_renumber` changes."""
+    if isinstance(node, list):
+        return {number for item in node for number in _named(item)}
+    found: set[int] = set()
+    for key, value in node.items() if isinstance(node, dict) else ():
+        if key == "ids" and isinstance(value, list):
+            found.update(value)
+        elif key in ("sep", "cls") and isinstance(value, list) and len(value) == 2:
+            found.add(value[1])
+        else:
+            found |= _named(value)
+    return found
 
 
 def _renumber(node: Any, numbers: Mapping[int, int]) -> None:

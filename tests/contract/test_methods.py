@@ -205,12 +205,12 @@ def settings(**changes):
     return TrainSection(**values | changes)
 
 
-def train(kit, name, folder=None, reporter=None, seed=7):
+def train(kit, name, folder=None, reporter=None, seed=7, **changes):
     seed_everything(seed)
     method = kit.build(name)
     before = copy.deepcopy(method.state_dict())
     run = Run(seed=7, reporter=reporter or Silent())
-    history = Trainer(method, kit.train, settings(), run, folder=folder).train()
+    history = Trainer(method, kit.train, settings(**changes), run, folder=folder).train()
     assert any(not torch.equal(tensor, before[key]) for key, tensor in method.state_dict().items()), "nothing trained"
     return method, history
 
