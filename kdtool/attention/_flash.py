@@ -97,21 +97,14 @@ class _Merged(torch.autograd.Function):
     def forward(ctx: Any, spec: Any, q: Tensor, *kv: Tensor) -> tuple[Tensor, Tensor]:
         """Outputs of the parts, weighted by their shares of the denominator."""
         scale, causal, biases, tiles = spec
-        found = []
+        found: tuple[Tensor, Tensor] | None = None
         for i in range(len(causal)):
             rows = _arranged(q, tiles[i], kv[2 * i])
             out, lse = _attend(rows, kv[2 * i], kv[2 * i + 1], biases[i], causal[i], scale)
-            found.append((_back(out, tiles[i], q), _back(lse.unsqueeze(-1), tiles[i], q).squeeze(-1)))
-        if len(found) == 1:
-            out, lse = found[0]
-        else:
-            stack = torch.stack([lse for _, lse in found])
-            lse = torch.logsumexp(stack, 0)
-            shares = torch.exp(stack - lse.masked_fill(lse == _HIDDEN, 0.0)).unsqueeze(-1)
-            mixed = shares[0] * found[0][0].to(shares.dtype)
-            for share, (part, _) in zip(shares[1:], found[1:], strict=True):
-                mixed.addcmul_(share, part.to(share.dtype))
-            out = mixed.to(q.dtype)
+            here = _back(out, tiles[i], q), _back(lse.unsqueeze(-1), tiles[i], q).squeeze(-1)
+            found = here if found is None else _mixed(*found, *here)
+        assert found is not None
+        out, lse = found[0].to(q.dtype), found[1]
         ctx.spec = spec
         ctx.save_for_backward(q, out, lse, *kv)
         ctx.mark_non_differentiable(lse)
@@ -150,6 +143,12 @@ def _arranged(x: Tensor, tiles: Tiles | None, k: Tensor) -> Tensor:
 def _back(x: Tensor, tiles: Tiles | None, q: Tensor) -> Tensor:
     """Rows of a part's tiles at the places of the queries q [X, Y, rows, d]."""
     return x if tiles is None else rows_at(x.flatten(1, 2), tiles.back).reshape(*q.shape[:3], x.shape[-1])
+
+
+def _mixed(out: Tensor, lse: Tensor, other: Tensor, its: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over the keys of both, from outputs [..., rows, dv] and log-sum-exps [..., rows] over those of each."""
+    share = torch.sigmoid(its - lse).nan_to_num(0.0).unsqueeze(-1)  # of the other; rows without any key have none
+    return torch.lerp(out.to(share.dtype), other.to(share.dtype), share), torch.logaddexp(lse, its)
 
 
 def _has_kernel(q: Tensor) -> bool:
