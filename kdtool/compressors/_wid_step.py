@@ -6,8 +6,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 Role = Literal["in", "out", "bias"]
+
+_LATE = 1e9
+"""A step at which the corrections 1 - beta^step are 1; one kernel then reads and writes each number once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +60,25 @@ def shrink(parameter: Tensor, grad: Tensor) -> Tensor:
 
 @torch.no_grad()
 def step(parameter: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, adam: Adam) -> None:
-    """One AdamW step in place, without bias correction."""
+    """One AdamW step in place, without bias correction: torch's own, so late that nothing is left to correct."""
     first, second = adam.betas
-    exp_avg.mul_(first).add_(grad, alpha=1 - first)
-    exp_avg_sq.mul_(second).addcmul_(grad, grad, value=1 - second)
-    parameter.addcdiv_(exp_avg, exp_avg_sq.sqrt().add_(adam.eps), value=-adam.lr)
+    late = torch.tensor(_LATE, device=parameter.device)
+    adamw(
+        [parameter],
+        [grad],
+        [exp_avg],
+        [exp_avg_sq],
+        [],
+        [late],
+        fused=True,
+        amsgrad=False,
+        beta1=first,
+        beta2=second,
+        lr=adam.lr,
+        weight_decay=0.0,
+        eps=adam.eps,
+        maximize=False,
+    )
     if adam.weight_decay:
         parameter.add_(parameter, alpha=-adam.lr * adam.weight_decay)
 
