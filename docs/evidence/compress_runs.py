@@ -1,9 +1,10 @@
 """The runs behind compress.md: MiniLM on TREC at 50 % and 25 % of its parameters, with and without recovery.
 
 Finished runs are kept as JSON in --folder and not repeated. At the end the table is printed, and with --plot
-the frontier is drawn.
+the frontier is drawn. --wid names runs of weight-inherited distillation as wid.md makes them, without -0, -1, -2.
 
-    OMP_NUM_THREADS=1 python docs/evidence/compress_runs.py --folder runs/compress --plot docs/evidence/compress.png
+    OMP_NUM_THREADS=1 python docs/evidence/compress_runs.py --folder runs/compress --plot docs/evidence/compress.png \
+        --wid runs/wid-trec,runs/wid-quarter
 """
 
 import argparse
@@ -100,13 +101,27 @@ def table(made: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def draw(made: list[dict[str, Any]], path: Path) -> None:
+def inherited(names: list[str]) -> list[tuple[float, float, str]]:
+    """Accuracy, megabytes and name of what `wid` gave: mean over the seeds, in float16 as the others are."""
+    found = []
+    for name in names:
+        runs = [json.loads(Path(f"{name}-{seed}", "kdtool.json").read_text(encoding="utf-8")) for seed in SEEDS]
+        scores = [run["metrics"]["student"]["accuracy"] for run in runs]
+        size = 2 * runs[0]["models"]["student"]["parameters"] / 1e6
+        print(f"| `wid`, {size:.1f} MB | {statistics.mean(scores):.3f} +- {statistics.stdev(scores):.3f} |")
+        found.append((statistics.mean(scores), size, "wid"))
+    return found
+
+
+def draw(made: list[dict[str, Any]], path: Path, others: list[tuple[float, float, str]]) -> None:
     """Accuracy against file size, recovered where there was recovery."""
     from kdtool.report import _plots
 
     figure = _plots.new_figure(6.4, 4.2)
     axes = figure.subplots()
-    labels: list[tuple[float, float, str]] = []
+    labels = list(others)
+    for top, size, _ in others:
+        axes.plot(size, top, "o", color=_plots.STUDENT, markersize=6)
     for row in made:
         before = row["before"]
         if "error" in before:
@@ -141,11 +156,13 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--wid", default="")
     given = parser.parse_args(arguments)
     made = rows(given.folder)
     print(table(made))
+    others = inherited(given.wid.split(",") if given.wid else [])
     if given.plot is not None:
-        draw(made, given.plot)
+        draw(made, given.plot, others)
     return 0
 
 
