@@ -219,7 +219,7 @@ def _explain(error: ValidationError, path: Path | None, text: str) -> ConfigProb
     name = ".".join(map(str, location))
     detail = str(problem["msg"]).replace("Input should", "should").removeprefix("Value error, ")
     return ConfigProblem(
-        f"{where}{name}={problem['input']!r}: {detail}", hint="see: kdtool COMMAND --help, docs/configuration.md"
+        f"{where}{name}={problem['input']!r}: {detail}", hint="see docs/configuration.md, or the command's --help"
     )
 
 

@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import pickle  # only its error is used
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -134,6 +135,11 @@ def _shards(index: Path, name: str) -> set[str]:
     return shards
 
 
+_OTHER_KIND = re.compile(
+    r"Unrecognized configuration class <class '[\w.]*?(\w+?)(?:Config)?'> for this kind of AutoModel: (\w+)"
+)
+
+
 @contextlib.contextmanager
 def plain_model_errors(name: str) -> Iterator[None]:
     """Turn what transformers and safetensors raise on bad folders into one clear line."""
@@ -156,6 +162,13 @@ def plain_model_errors(name: str) -> Iterator[None]:
         if "trust_remote_code" in str(error):
             raise ModelProblem(
                 f"'{name}' brings its own code", hint="read that code, then pass --trust-remote-code"
+            ) from None
+        kind = _OTHER_KIND.search(first)
+        if kind is not None:
+            raise ModelProblem(
+                f"'{name}' is no model for this task",
+                why=f"transformers has no {kind[2]} of its architecture, {kind[1]}",
+                hint="name the task that teacher and student share with --task, or another model",
             ) from None
         raise ModelProblem(f"'{name}' cannot be loaded", why=first[:300]) from None
 

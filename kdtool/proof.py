@@ -229,6 +229,8 @@ class Result:
         """What was made, where, how it compares, and the next command to type."""
         proof, done = self.proof, _DONE.get(self.command, "done")
         said = [f"{done}: {self._made()}" if proof or self.output else done]
+        if self.command == "patch-attention" and "layers" in self.extra:
+            said.append(f"attention: {_layers(self.extra['layers'])}")
         if proof and proof.student.metrics:
             said.append(f"quality: {_compared(proof)}")
         if proof and proof.gates:
@@ -259,6 +261,13 @@ def reliability_rows(side: Side | None) -> list[dict[str, float | None]]:
 
 def _facts(side: Side) -> dict[str, Any]:
     return {"name": side.name, "revision": side.revision, "parameters": side.parameters, "bytes": side.bytes}
+
+
+def _layers(rows: Sequence[Mapping[str, Any]]) -> str:
+    """How many attention modules are approximate, and why the first of the others is not."""
+    left = [row for row in rows if "reason" in row]
+    said = f"{len(rows) - len(left)} of {len(rows)} layers are approximate"
+    return f"{said}; layer {left[0]['number']} is exact: {left[0]['reason']}" if left else said
 
 
 def _compared(proof: Proof) -> str:

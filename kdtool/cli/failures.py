@@ -30,6 +30,7 @@ _NETWORK_HINT = "check the connection and HF_ENDPOINT, then run again: downloads
 _OUT_OF_MEMORY = re.compile(
     r"can't allocate memory|not enough memory|out of memory|cannot allocate memory", re.IGNORECASE
 )
+_TOO_LARGE = re.compile(r"os error 27\b")
 _NO_SPACE = re.compile(r"No space left on device|os error 28|Disk quota exceeded")
 
 
@@ -134,6 +135,11 @@ def _explain_system(error: BaseException) -> KdtoolError | None:
     if number in (errno.ENOSPC, errno.EDQUOT) or _NO_SPACE.search(str(error)):
         return OutputProblem(
             f"no space left on the device{where}", hint="free some space, or give another -o or --cache-dir"
+        )
+    if number == errno.EFBIG or _TOO_LARGE.search(str(error)):
+        return OutputProblem(
+            f"a file may not become as large as it has to{where}",
+            hint="raise the limit (ulimit -f), or give another -o",
         )
     if number in (errno.EACCES, errno.EPERM):
         return OutputProblem(f"permission denied{where}", hint="give a folder you may write to with -o or --cache-dir")

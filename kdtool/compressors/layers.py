@@ -1,9 +1,10 @@
 """Keep some of the layers: evenly spaced ones, or those that the outputs or the loss on data miss most."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 
 from kdtool.compressors._base import Context, Made, divergence, in_memory, layers_of, loss_over, run_over
 from kdtool.derive import from_layers, keep_layers
@@ -20,7 +21,7 @@ dials = {"keep": 0.01}
 class Config:
     """Settings."""
 
-    keep: float = 0.5
+    keep: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Share of the layers to keep, above 0 and at most 1; at least one stays."""
     layers: str | None = None
     """The layers themselves: a number of evenly spaced ones, or a list such as 0,3,5; wins over keep."""
@@ -56,8 +57,6 @@ def _least_missed(loaded: Loaded, depth: int, count: int, config: Config, contex
 def _spec(loaded: Loaded, config: Config, context: Context) -> str:
     """Which layers stay, as `layers:N` or `layers:0,3,5`."""
     depth = len(layers_of(loaded)[1])
-    if not 0.0 < config.keep <= 1.0:
-        raise UsageProblem(f"layers: keep={config.keep:g} is no share of the layers", hint="above 0 and at most 1")
     count = max(1, round(config.keep * depth))
     if config.layers is not None:
         return f"layers:{config.layers}"

@@ -2,9 +2,10 @@
 
 import copy
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from kdtool.compressors._base import (
@@ -19,7 +20,7 @@ from kdtool.compressors._base import (
     run_over,
     watching,
 )
-from kdtool.errors import ModelProblem, UsageProblem
+from kdtool.errors import ModelProblem
 from kdtool.lazy import held
 from kdtool.modeling.quantized import QuantizedLinear
 from kdtool.models import Loaded
@@ -35,11 +36,11 @@ _RIDGE = 1e-6
 class Config:
     """Settings."""
 
-    keep: float = 0.5
+    keep: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Share of the weights to keep, above 0 and at most 1: of each matrix, or with ranks=global of all together."""
     ranks: Literal["uniform", "global"] = "uniform"
     """The same share of each matrix, or the singular values that matter most for their size wherever they are."""
-    energy: float | None = None
+    energy: Annotated[float, Field(gt=0, le=1)] | None = None
     """Instead: share of the squared singular values to keep in each matrix; those it would not shrink stay whole."""
 
 
@@ -153,12 +154,8 @@ def compress(loaded: Loaded, config: Config, context: Context) -> Loaded:
     """The model with its layers' matrices factored where that makes them smaller.
 
     Raises:
-        UsageProblem: a share is not one.
         ModelProblem: the model is quantised, its task is not one of classification or language, or nothing shrinks.
     """
-    for name, share in (("keep", config.keep), ("energy", config.energy)):
-        if share is not None and not 0.0 < share <= 1.0:
-            raise UsageProblem(f"low-rank: {name}={share:g} is no share", hint="above 0 and at most 1")
     if any(isinstance(part, QuantizedLinear) for part in loaded.model.modules()):
         raise ModelProblem(f"low-rank: '{loaded.ref}' is quantised", hint="quantize comes after low-rank")
     spectra: dict[str, _Spectrum] = known(context, "low-rank", loaded, lambda: _spectra(loaded, context))

@@ -3,9 +3,10 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from kdtool.compressors._base import Context, Made, in_memory, linear_parts, matrix_of, run_over, watching
@@ -27,7 +28,7 @@ _GROUP = 4
 class Config:
     """Settings."""
 
-    keep: float = 0.5
+    keep: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Share of the weights of each row to keep, above 0 and at most 1; not used by 2:4."""
     pattern: Literal["unstructured", "2:4"] = "unstructured"
     """Any weights of a row, or two of each four neighbours, the pattern that some GPUs compute faster."""
@@ -94,11 +95,9 @@ def stream(loaded: Loaded, state: State, config: Config, context: Context) -> Ma
     """The model with zeros among the weights of its layers, in the shapes it had, weight by weight.
 
     Raises:
-        UsageProblem: keep is no share, or wanda lacks data.
+        UsageProblem: wanda lacks data.
         ModelProblem: the architecture has no single stack of layers, or 2:4 does not fit.
     """
-    if not 0.0 < config.keep <= 1.0:
-        raise UsageProblem(f"sparse: keep={config.keep:g} is no share of the weights", hint="above 0 and at most 1")
     modules, scales = linear_parts(loaded), _activations(loaded, config, context)
     cut, kept, total = dict(state), 0, 0
     for path, module in modules.items():

@@ -2,10 +2,11 @@
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from kdtool.compressors import _tokenizer
@@ -27,11 +28,11 @@ late = True
 class Config:
     """Settings."""
 
-    min_count: int = 1
+    min_count: Annotated[int, Field(ge=0)] = 1
     """How often a token must be in the training rows to stay."""
-    keep: float = 1.0
+    keep: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of those tokens to keep, the ones seen most often, above 0 and at most 1."""
-    size: int | None = None
+    size: Annotated[int, Field(gt=0)] | None = None
     """Largest vocabulary, with all that must stay; wins over keep."""
 
 
@@ -46,8 +47,6 @@ def _kept(spec: _tokenizer.Spec, config: Config, context: Context) -> tuple[list
     counts = np.bincount(np.concatenate([np.asarray(row).reshape(-1) for row in ids]))
     stay, names = _tokenizer.needed(spec), _tokenizer.tokens_of(spec)
     limit = len(names) if config.size is None else config.size
-    if not 0.0 < config.keep <= 1.0:
-        raise UsageProblem(f"vocab: keep={config.keep:g} is no share of the tokens", hint="above 0 and at most 1")
     if len(stay) > limit:
         raise UsageProblem(
             f"vocab: size={limit} has no room for the {len(stay)} special tokens, characters and bytes",

@@ -3,9 +3,10 @@
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -26,7 +27,7 @@ from kdtool.compressors._base import (
     watching,
 )
 from kdtool.compressors._heads import Cut
-from kdtool.errors import ModelProblem, UsageProblem
+from kdtool.errors import ModelProblem
 from kdtool.lazy import held
 from kdtool.modeling.compressed import CompressedModel
 from kdtool.modeling.linear_forms import shape_of
@@ -43,11 +44,11 @@ _WIDTH = ("hidden_size", "n_embd", "d_model", "dim")
 class Config:
     """Settings."""
 
-    ffn: float = 0.5
+    ffn: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Share of the feed-forward neurons to keep, above 0 and at most 1."""
-    heads: float = 1.0
+    heads: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the attention heads to keep."""
-    hidden: float = 1.0
+    hidden: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the channels between the layers to keep."""
 
 
@@ -84,9 +85,7 @@ def _shape(config: Any) -> _Shape:
 _KEYS = (_WIDTH, _INNER)
 
 
-def _share(name: str, share: float, size: int) -> int:
-    if not 0.0 < share <= 1.0:
-        raise UsageProblem(f"width: {name}={share:g} is no share", hint="above 0 and at most 1")
+def _share(share: float, size: int) -> int:
     return max(1, round(share * size))
 
 
@@ -174,18 +173,15 @@ def compress(loaded: Loaded, config: Config, context: Context) -> Loaded:
     """The model with fewer neurons, heads and channels, equally many in each layer.
 
     Raises:
-        UsageProblem: a share is not one.
         ModelProblem: the architecture's parts cannot be told apart, or it computes with other shapes.
     """
     if isinstance(loaded.model, CompressedModel):
         raise ModelProblem(f"width: '{loaded.ref}' is compressed already", hint="width comes before other stages")
-    for name in dials:
-        _share(name, getattr(config, name), 1)
     changed: Any = copy.deepcopy(loaded.model.config)
     shape = _shape(changed)
     scores: dict[str, Tensor] = known(context, "width", loaded, lambda: _scores(loaded, linears(loaded.model), context))
     cuts: dict[str, Cut] = {}
-    count = _share("ffn", config.ffn, shape.inner)
+    count = _share(config.ffn, shape.inner)
     if count < shape.inner:
         cuts |= _neuron_cuts(loaded, shape, count, scores)
         setattr(shape.values, shape.inner_key or "n_inner", count)
@@ -195,9 +191,9 @@ def compress(loaded: Loaded, config: Config, context: Context) -> Loaded:
     forms: dict[str, dict[str, Any]] = {}
     if config.heads < 1.0 or config.hidden < 1.0:
         heads = _heads.heads_of(loaded, shape.values, shape.width, context)
-        kept_width = heads.fitting_width(_share("hidden", config.hidden, shape.width))
+        kept_width = heads.fitting_width(_share(config.hidden, shape.width))
         channels = best(_channel_scores(shape.width, scores), kept_width)
-        more, forms = heads.cut(lambda size: _share("heads", config.heads, size), scores, kept_width)
+        more, forms = heads.cut(lambda size: _share(config.heads, size), scores, kept_width)
         cuts |= more
         setattr(shape.values, shape.width_key, kept_width)
         if getattr(shape.values, "embedding_size", None) == shape.width:

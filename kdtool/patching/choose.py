@@ -161,6 +161,13 @@ def choose(number: int, name: str, seen: Captured, wish: Wish) -> Choice:
     if wish.max_error == 0:
         choice.layer = Layer(name, "exact", reason="no error is allowed")
         return choice
+    tried = [
+        one for one in candidates(wish.method, wish.fixed, seen.causal) if _chunk(wish.method, one, seen) < longest
+    ]
+    if not tried:
+        reason = f"causal chunks are exact, and longer than {longest} keys; method.chunk makes them shorter"
+        choice.layer = Layer(name, "exact", reason=reason)
+        return choice
     q, k, v, call = seen.at(longest)
     rows = _pilots(longest, wish.seed, q.device)
     truth = exact.attend(q, k, v, call)[0][:, :, rows]
@@ -168,7 +175,7 @@ def choose(number: int, name: str, seen: Captured, wish: Wish) -> Choice:
     choice.mean_error = worst_head(mean, truth)
     trial = None
     state = fix(wish.method, q, k, v) if wish.fixed_state else None
-    for settings in candidates(wish.method, wish.fixed, seen.causal):
+    for settings in tried:
         trial = Trial(settings)
         choice.trials.append(trial)
         layer = Layer(name, wish.method, settings, 0, wish.seed, state)
@@ -184,6 +191,11 @@ def choose(number: int, name: str, seen: Captured, wish: Wish) -> Choice:
         return choice
     choice.layer = _from_where(Layer(name, wish.method, trial.settings, 0, wish.seed, state), trial, seen, wish)
     return choice
+
+
+def _chunk(method: str, settings: Mapping[str, Any], seen: Captured) -> int:
+    """Keys within which these settings are exact, because attention is causal; 0 where they approximate all."""
+    return int(getattr(ATTENTION.build_config(method, dict(settings)), "chunk", 0)) if seen.causal else 0
 
 
 def _from_where(layer: Layer, trial: Trial, seen: Captured, wish: Wish) -> Layer:

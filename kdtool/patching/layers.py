@@ -176,8 +176,12 @@ def parse_layers(text: str | None, count: int) -> list[int]:
         if match is None:
             raise UsageProblem(f"--layers {text}: not of the form 0-3,7")
         first, last = int(match[1]), int(match[2] or match[1])
-        if first > last or last >= count:
-            raise UsageProblem(f"--layers {text}: the model has attention layers 0 to {count - 1}")
+        if first > last:
+            raise UsageProblem(f"--layers {text}: {first}-{last} runs backwards", hint=f"--layers {last}-{first}")
+        if last >= count:
+            raise UsageProblem(
+                f"--layers {text}: there is no layer {last}", hint=f"the model has attention layers 0 to {count - 1}"
+            )
         chosen.update(range(first, last + 1))
     return sorted(chosen)
 

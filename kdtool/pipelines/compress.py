@@ -264,5 +264,6 @@ def _conclude(config: RunConfig, run: Run, output: Output, proof: Proof, facts: 
             f"the model in {output.folder} does not reproduce its outputs after reloading",
             why=f"largest difference {proof.reload.get('max_abs_diff', math.nan):.2e}",
         )
-    extra["next"] = f"kdtool evaluate {output.folder} --teacher {config.teacher.model} --data DATA"
+    data = config.data.source or "DATA"
+    extra["next"] = f"kdtool evaluate {output.folder} --teacher {config.teacher.model} --data {data}"
     return Result("compress", output.folder, proof, time.perf_counter() - began, facts["steps"], extra)

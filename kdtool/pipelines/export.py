@@ -88,7 +88,7 @@ def export(config: RunConfig, run: Run | None = None) -> Result:
     if config.output.push is not None:
         extra["push"] = published
     if report.scored:
-        extra["next"] = f"kdtool evaluate {output.folder} --data DATA"
+        extra["next"] = f"kdtool evaluate {output.folder} --data {config.data.source or 'DATA'}"
     return Result("export", output.folder, proof, time.perf_counter() - began, None, extra)
 
 
@@ -99,7 +99,7 @@ def _streamed(config: RunConfig, run: Run, output: Output, began: float) -> Resu
     extra["files"] = sorted(path.name for path in output.folder.glob("*.safetensors*"))
     if config.output.push is not None:
         extra["push"] = push(config, run, output.folder, proof)
-    extra["next"] = f"kdtool evaluate {output.folder} --data DATA"
+    extra["next"] = f"kdtool evaluate {output.folder} --data {config.data.source or 'DATA'}"
     return Result("export", output.folder, proof, time.perf_counter() - began, None, extra)
 
 

@@ -26,6 +26,7 @@ def check_metrics(config: RunConfig, task: Task) -> None:
     beside = made_up if beside_teacher else {}
     for gate in gates.parse_gates(config.eval.fail_under):
         gates.check(gate, made_up, beside, beside)
+    gates.check_drops(config.patch.max_drop, made_up, made_up)
 
 
 def _check_metric(name: str, task: Task, config: RunConfig) -> None:

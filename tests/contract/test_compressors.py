@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kdtool.compressors._base import Context, renumber
+from kdtool.config import load_config
 from kdtool.errors import UsageProblem
 from kdtool.models import load
 from kdtool.registry import COMPRESSORS
@@ -108,6 +109,7 @@ def test_two_runs_agree(kits, name, task):
     ("name", "setting"),
     [(n, dial) for n in COMPRESSORS.names() for dial in COMPRESSORS.info(n).facts.get("dials", {}) if n != "quantize"],
 )
-def test_refuses_what_is_no_share(kits, name, setting):
-    with pytest.raises(UsageProblem, match="no share"):
-        apply(name, kits["causal-lm"], True, **{setting: 1.5})
+def test_refuses_what_is_no_share_before_anything_is_loaded(name, setting):
+    for value in ("1.5", "0"):
+        with pytest.raises(UsageProblem, match=f"method.{setting}={value}"):
+            load_config("compress", None, [f"method.{setting}={value}"], {"method.name": name})

@@ -31,6 +31,14 @@ def test_fixed_settings_are_in_all_candidates():
     assert {"bucket": 64, "samples": 64} in candidates("hyper", {}, False)
 
 
+def test_settings_that_are_exact_at_these_lengths_are_no_choice():
+    short = choose(0, "x", seen(causal=True), wish(min_length=64))
+    assert "method.chunk makes them shorter" in short.layer.reason
+    assert not short.trials
+    fixed = {"leaf": 1, "near": 0, "chunk": 64}
+    assert choose(0, "x", seen(causal=True), wish(min_length=64, fixed=fixed)).layer.method == "cluster"
+
+
 def test_a_layer_within_the_bound_is_used_from_the_length_asked():
     choice = choose(3, "x", seen(), wish(min_length=100))
     assert (choice.layer.method, choice.layer.min_length, choice.layer.reason) == ("cluster", 100, None)

@@ -260,7 +260,7 @@ def test_weights_that_are_not_finite_are_refused_weight_by_weight(cli, models, t
         (["--method", "layers,layers"], "comes twice"),
         (["--method", "layers", "--recover", "3"], "--recover trains on data"),
         (["--method", "layers", "--fail-under", "accuracy=1"], "needs something to measure on"),
-        (["--method", "width", "--set", "method.heads=1.5"], "no share"),
+        (["--method", "width", "--set", "method.heads=1.5"], "less than or equal to 1"),
         (["--method", "vocab"], "vocab looks at data"),
         (["--method", "layers", "--budget", "size=0.5"], "not of the form parameters=0.5"),
         (["--method", "layers", "--budget", "parameters=50"], "not of the form"),

@@ -338,13 +338,17 @@ def test_disk_full(command, cli, small_disk):
     assert not (small_disk / "out" / "config.json").exists(), "a half-written result"
 
 
+def test_models_of_another_kind(fails, command, models):
+    fails(2, ["is no model for this task", "--task"], *command(student=models("vit")))
+
+
 def test_file_size_limit(command, tmp_path):
     """As a process: the limit holds for all of it."""
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))  # noqa: E731
     found = wait(start(*command(), folder=tmp_path, preexec_fn=limit))
     assert found.code == 1, found.err
     assert "Traceback" not in found.err
-    assert found.problem
+    assert "as large as it has to" in found.problem
 
 
 def test_json_errors_are_one_object(command, cli):

@@ -114,7 +114,9 @@ def test_a_plan_is_printed_without_work(cli, model, rows, tmp_path):
 
 
 MISTAKES = {
-    "layer": (["--layers", "9", "--lengths", "128"], 2, "attention layers 0 to 1"),
+    "layer": (["--layers", "9", "--lengths", "128"], 2, "there is no layer 9"),
+    "backwards": (["--layers", "1-0", "--lengths", "128"], 2, "1-0 runs backwards"),
+    "unmeasured": (["--max-drop", "perplexity=0.1", "--lengths", "128"], 2, "does not measure perplexity"),
     "length": (["--lengths", "99999"], None, "positions"),
     "short": (["--lengths", "10"], 2, "64 and more"),
     "words": (["--lengths", "many"], 2, "--lengths many"),
@@ -132,6 +134,13 @@ def test_mistakes_are_said_in_one_line(cli, model, rows, tmp_path, arguments, co
     assert outcome.code in (1, 2) if code is None else outcome.code == code
     assert said in outcome.problem
     assert not (tmp_path / "out").exists()
+
+
+def test_people_read_how_many_layers_are_approximate(cli, models, data, tmp_path):
+    arguments = ["--data", data("plain"), "--lengths", "64", *QUICK, "-o", tmp_path / "out"]
+    outcome = cli("patch-attention", models("llama"), *arguments)
+    assert outcome.code == 0, outcome.err
+    assert "attention: 0 of 4 layers are approximate; layer 0 is exact: causal chunks are exact" in outcome.out
 
 
 def test_a_causal_model_is_patched_too(cli, models, data, tmp_path):
