@@ -1,6 +1,7 @@
 """The optimiser step of weight-inherited distillation: a penalty in Adam's first moment (WID, section 3.4)."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -81,6 +82,27 @@ def step(parameter: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, a
     )
     if adam.weight_decay:
         parameter.add_(parameter, alpha=-adam.lr * adam.weight_decay)
+
+
+def left_of_one(rates: Sequence[float], strength: float, interval: int, ends: int) -> float:
+    """What training leaves of an entry of 1 that is dropped when the schedule ends, if the loss does not hold it.
+
+    Args:
+        rates: Learning rate of each step.
+        strength: lambda of the penalty.
+        interval: Steps of the first interval, in which all entries are pulled.
+        ends: Step, counted from 1, at which the entry is dropped.
+    """
+    first, second = Adam(0.0).betas
+    entry, mean, square = 1.0, 0.0, 0.0
+    for number, rate in enumerate(rates, 1):
+        pull = entry if number <= interval or number >= ends else 0.0
+        if number >= ends and strength > 1.0:
+            mean = first * mean + (1 - first) * (strength - 1.0) * entry
+        grad = pull * min(strength, 1.0) if number >= ends else pull
+        mean, square = first * mean + (1 - first) * grad, second * square + (1 - second) * grad**2
+        entry -= rate * mean / (math.sqrt(square) + Adam(0.0).eps)
+    return abs(entry)
 
 
 class PenalisedAdamW(torch.optim.Optimizer):

@@ -18,11 +18,14 @@ from kdtool.compressors._wid_memory import memory
 from kdtool.compressors._wid_merge import largest_dropped_norm
 from kdtool.compressors._wid_method import Goal, Inheritance
 from kdtool.compressors._wid_schedule import intervals
+from kdtool.compressors._wid_step import left_of_one
 from kdtool.errors import KdtoolError, ModelProblem, UsageProblem
 from kdtool.lazy import held
 from kdtool.models import Loaded
+from kdtool.sections import TrainSection
 from kdtool.train.loop import Trainer
 from kdtool.train.rehearsal import rehearse
+from kdtool.train.schedule import factor
 from kdtool.verify import outputs
 
 paper = "Wu et al.: Weight-Inherited Distillation for Task-Agnostic BERT Compression, 2024, arXiv:2305.09098"
@@ -37,6 +40,8 @@ _SHARE = 4
 """The schedule ends in the first of so many parts of the run, where no interval is given."""
 _INEXACT = 1e-3
 """A merge that changes the outputs by more than this share of their norm is no merge."""
+_LEFT = 0.1
+"""A run that shrinks what it drops to no less than this says so before it begins."""
 _ABRUPT = 0.05
 """Dropped entries whose removal changes the outputs by more than this share of their norm had not yet shrunk."""
 
@@ -107,6 +112,13 @@ def settled(config: Config, anatomy: Anatomy, warmup: float) -> Config:
     """
     lr = config.lr or _RATE / anatomy.hidden * math.sqrt(1 - 0.999 ** max(1.0, warmup * config.steps))
     return replace(config, lr=lr, weights_lr=config.weights_lr or lr / 5)
+
+
+def shrinks_to(config: Config, goal: Goal, train: TrainSection) -> float:
+    """What the run leaves of the entries that it drops last, as a share; see `left_of_one`."""
+    assert config.lr is not None
+    rates = [config.lr * factor(step, config.steps, train.warmup, train.schedule) for step in range(config.steps)]
+    return left_of_one(rates, config.penalty, goal.interval, goal.interval * goal.schedule)
 
 
 def goal_of(config: Config, anatomy: Anatomy) -> Goal:
@@ -245,6 +257,12 @@ def compress(loaded: Loaded, config: Config, context: Context) -> Loaded:
         method, context.rows, settings, context.run, method.is_own_weight, context.checkpoints, context.views
     )
     rehearse(trainer)
+    left = shrinks_to(config, goal, context.train)
+    if left > _LEFT:
+        context.run.reporter.warn(
+            f"wid: {config.steps} steps at a rate of {config.lr:.2g} leave {left:.2g} of what is dropped, and "
+            "cutting that off will hurt: give it more method.steps, or a higher method.lr"
+        )
     context.run.reporter.info(
         f"wid: training {sum(p.numel() for p in method.parameters()):,} parameters for {trainer.plan.steps} steps"
     )

@@ -160,6 +160,20 @@ def test_the_step_of_the_optimiser_is_that_of_its_parts():
     assert (other < 1).all()
 
 
+@pytest.mark.parametrize("strength", [0.5, 1.0, 20.0])
+def test_what_is_left_is_told_before_training(strength):
+    parameter = torch.nn.Parameter(torch.ones(1, 1, dtype=torch.float64))
+    optimizer = stepping.PenalisedAdamW([{"params": [parameter]}], [(parameter, "in", "x")], strength)
+    rates = [2e-3 * (1 - i / 300) for i in range(300)]
+    for number, rate in enumerate(rates, 1):
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.phase = "active" if number > 20 else "warm"
+        optimizer.masks = {"x": torch.tensor([number < 60])}
+        parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    assert stepping.left_of_one(rates, strength, 20, 60) == pytest.approx(parameter.abs().item(), rel=1e-6, abs=1e-7)
+
+
 @pytest.mark.parametrize(
     ("hidden", "heads", "target"), [(768, 12, 192), (768, 12, 516), (384, 12, 192), (48, 4, 24), (1024, 16, 64)]
 )
@@ -236,6 +250,7 @@ def test_says_what_was_dropped_and_how_exact_the_merge_is(kit):
     assert facts["steps"] == 18
     notes = Notes()
     assert facts["largest_dropped_norm"] < compress(kit, None, notes, penalty=1.0).facts["largest_dropped_norm"]
+    assert "cutting that off will hurt" in notes.warnings[0]
     assert any("had not shrunk yet" in warning for warning in notes.warnings)
 
 
