@@ -205,7 +205,7 @@ class TrainSection(Section):
     checkpoint_every: int | None = Field(None, gt=0)
     """Steps between two checkpoints (default: ten in a run)."""
     resume: bool = True
-    """Go on where an unfinished run of the same configuration stopped."""
+    """Go on where an unfinished run of the same configuration stopped; one of another needs --overwrite either way."""
 
 
 class PatchSection(Section):

@@ -131,7 +131,8 @@ def _trouble(error: BaseException, what: str, name: str) -> HubProblem | None:
             f"{what} '{name}' is not in the cache, and offline is set", hint="run once with a network, or give a folder"
         )
     if is_refused(error):
-        return HubProblem(f"the Hub cannot be reached for {what} '{name}'", why=clean(str(error)), hint=CONNECTION_HINT)
+        why = clean(str(error)) if "/" in name else f"there is no such folder here, and {clean(str(error))}"
+        return HubProblem(f"the Hub cannot be reached for {what} '{name}'", why=why, hint=CONNECTION_HINT)
     if is_transport(error):
         return HubProblem(
             f"the connection to the Hub broke at {what} '{name}'",
