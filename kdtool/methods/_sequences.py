@@ -42,6 +42,9 @@ from kdtool.tasks._language import IGNORED
 from kdtool.tasks._packing import POSITIONS
 from kdtool.tasks._writing import decoder_start, ends_of, opening
 
+_ONE_AT_A_TIME = frozenset({"prophetnet"})
+"""Kinds of decoders that read a single token behind what they have in their cache."""
+
 
 @dataclass(frozen=True)
 class PromptConfig:
@@ -161,6 +164,13 @@ class SequenceMethod(_base.Method):
             raise TrainingProblem(
                 "the decoders of teacher and student begin with different tokens",
                 hint="give both the same decoder_start_token_id in their config.json",
+            )
+        if isinstance(self.config, RepairConfig) and any(
+            model.config.model_type in _ONE_AT_A_TIME for model in self.models
+        ):
+            raise TrainingProblem(
+                "the decoder of a ProphetNet reads one token at a time behind its cache, and repairing reads several",
+                hint="use another method, such as gkd",
             )
         if getattr(self.config, "expected_seq_len", 0) and self.in_step:
             raise TrainingProblem(

@@ -231,6 +231,10 @@ def test_what_cannot_be_is_refused(kits):
     with pytest.raises(TrainingProblem, match="expected_seq_len counts blocks"):
         method.setup(kits["bart"].batch([0, 1]), kits["bart"].train)
     kits["t5"].build("skd", expected_seq_len=9)
+    method = kits["bart"].build("skd")
+    method.teacher_list[0].model.config.model_type = "prophetnet"
+    with pytest.raises(TrainingProblem, match="one token at a time"):
+        method.setup(kits["bart"].batch([0, 1]), kits["bart"].train)
     method = kits["t5"].build("gkd")
     method.teacher_list[0].model.config.decoder_start_token_id = 5
     with pytest.raises(TrainingProblem, match="begin with different tokens"):
