@@ -44,7 +44,7 @@ class Groups(NamedTuple):
             within blocks.
         middle: [X, blocks, d] mean queries.
         share: [X, blocks] spread of a block, relative to the mean over blocks.
-        empty: [X, blocks] blocks without a query that counts; None if there is none.
+        empty: [X, blocks] blocks without a query that counts; None where all queries count.
     """
 
     order: Tensor

@@ -9,7 +9,7 @@ import itertools
 import json
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ def needed(spec: Spec) -> set[int]:
     Those that a post-processor names stay, too, whether it uses them or not.
     """
     model, tokens = spec["model"], tokens_of(spec)
-    stay = {added["id"] for added in spec["added_tokens"]} | _named(spec.get("post_processor"))
+    stay = {added["id"] for added in spec["added_tokens"]} | {ids[i] for ids, i in _places(spec.get("post_processor"))}
     if model.get("unk_id") is not None:
         stay.add(model["unk_id"])
     if model.get("unk_token") in tokens:
@@ -125,39 +125,23 @@ def trim(spec: Spec, numbers: Mapping[int, int]) -> Spec:
         added["id"] = numbers[added["id"]]
     if trimmed.get("padding"):
         trimmed["padding"]["pad_id"] = numbers[trimmed["padding"]["pad_id"]]
-    _renumber(trimmed.get("post_processor"), numbers)
+    for ids, i in _places(trimmed.get("post_processor")):
+        ids[i] = numbers[ids[i]]
     return trimmed
 
 
-def _named(node: Any) -> set[int]:
-    """Numbers of the special tokens in post-processors, in the places that `_renumber` changes."""
-    if isinstance(node, list):
-        return {number for item in node for number in _named(item)}
-    found: set[int] = set()
-    for key, value in node.items() if isinstance(node, dict) else ():
-        if key == "ids" and isinstance(value, list):
-            found.update(value)
-        elif key in ("sep", "cls") and isinstance(value, list) and len(value) == 2:
-            found.add(value[1])
-        else:
-            found |= _named(value)
-    return found
-
-
-def _renumber(node: Any, numbers: Mapping[int, int]) -> None:
-    """Numbers of special tokens in post-processors: `ids` of a template, `sep` and `cls` of the older kinds."""
+def _places(node: Any) -> Iterator[tuple[list[Any], int]]:
+    """Where post-processors name special tokens by number: `ids` of a template, `sep` and `cls` of the older kinds."""
     if isinstance(node, list):
         for item in node:
-            _renumber(item, numbers)
-    if not isinstance(node, dict):
-        return
-    for key, value in node.items():
+            yield from _places(item)
+    for key, value in node.items() if isinstance(node, dict) else ():
         if key == "ids" and isinstance(value, list):
-            node[key] = [numbers[i] for i in value]
+            yield from ((value, i) for i in range(len(value)))
         elif key in ("sep", "cls") and isinstance(value, list) and len(value) == 2:
-            node[key] = [value[0], numbers[value[1]]]
+            yield value, 1
         else:
-            _renumber(value, numbers)
+            yield from _places(value)
 
 
 def with_spec(tokenizer: Any, spec: Spec, numbers: Mapping[int, int]) -> Any:
